@@ -1,0 +1,213 @@
+"""The command line: ``rlvr VERB [key=value ...]``. Imports torch only once a verb really runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlvr.errors import InputError
+
+HELP = """\
+rlvr: reinforcement learning with verifiable rewards, and a measure of what it does to a model
+
+usage: rlvr VERB [--config-dir DIR] [key=value ...]
+
+verbs
+  train     experiment=NAME       RL training, then boundary evaluation and a report; continues an unfinished run
+  sft       experiment=NAME       supervised fine-tuning on (prompt, response) pairs
+  boundary  models=[A,B] task=T   sample n answers per problem from every model, verify, estimate pass@k, compare
+  report    DIR                   rebuild report.html of a run or of a boundary folder
+
+examples
+  rlvr train experiment=quickstart
+  rlvr train experiment=quickstart algo.clip_eps_high=0.28 trainer.steps=5 run_dir=runs/clip_higher
+  rlvr boundary models=[runs/countdown_base,runs/quickstart] task=countdown n=64 max_new_tokens=32 out=boundaries/mine
+
+rlvr VERB --help says more. Exit codes: 0 done, 2 the input is wrong, 1 anything else, 130 interrupted (state saved).
+"""
+
+VERB_HELP = {
+    "train": """\
+rlvr train experiment=NAME [key=value ...]
+
+Trains, evaluates the base and every checkpoint, writes RUN_DIR/report.html. RUN_DIR is runs/NAME unless run_dir= says
+otherwise; an unfinished run there is continued, a finished one is never overwritten.
+
+groups    experiment= algo= task= reward= model= engine= backend=     a file of the recipes, or of --config-dir DIR
+common    trainer.steps= trainer.prompts_per_step= trainer.responses_per_prompt= trainer.minibatch_prompts=
+          optimizer.lr= sampling.temperature= sampling.max_new_tokens= boundary.n= boundary.every= (0: off)
+          seed= run_dir= model.path= wandb.mode=online|offline, every algorithm setting under algo.
+
+examples
+  rlvr train experiment=quickstart seed=1 run_dir=runs/seed1
+  rlvr train experiment=quickstart reward=random run_dir=runs/control
+  rlvr train experiment=gsm8k_grpo model.path=Qwen/Qwen2.5-0.5B
+  rlvr train experiment=quickstart algo=custom algo._target_=my_algo.MedianBaseline algo.scale=0.5 run_dir=runs/mine
+""",
+    "sft": """\
+rlvr sft experiment=NAME [key=value ...]
+
+Trains a model on (prompt, response) pairs and leaves it in RUN_DIR/checkpoints. A finished run is left as it is.
+
+examples
+  rlvr sft experiment=countdown_base
+  rlvr sft experiment=pairs data.path=pairs.jsonl model.path=Qwen/Qwen2.5-0.5B run_dir=runs/distilled
+""",
+    "boundary": """\
+rlvr boundary models=[A,B,...] task=NAME out=DIR [n=256] [key=value ...]
+
+Each model is a Hugging Face folder, a run folder (its newest checkpoint) or a hub id; the first is the base of the
+comparisons. A re-run continues the samples in DIR.
+
+keys      n= k=[1,8,64] problems= temperature= top_p= max_new_tokens= seed= engine= task.FIELD=
+
+example
+  rlvr boundary models=[runs/countdown_base,runs/quickstart] task=countdown n=64 max_new_tokens=32 out=boundaries/mine
+""",
+    "report": """\
+rlvr report DIR
+
+Rebuilds DIR/report.html from what is on disk. DIR is a run folder or a boundary folder.
+
+example
+  rlvr report runs/quickstart
+""",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    verbs: dict[str, Callable[[list[str]], None]] = {"train": train, "sft": sft, "boundary": boundary, "report": report}
+    try:
+        if verb not in verbs:
+            raise InputError(f"rlvr: no verb {verb!r}, expected one of {', '.join(verbs)}; rlvr --help shows examples")
+        if {"-h", "--help"} & set(rest):
+            print(VERB_HELP[verb])
+            return 0
+        verbs[verb](rest)
+    except InputError as error:
+        print(
+            f"rlvr {verb}: the input is wrong\n" + "\n".join(f"  {line}" for line in str(error).splitlines()), file=sys.stderr
+        )
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; what is done is saved. Continue with: {_command_line(arguments)}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train(arguments: list[str]) -> None:
+    settings = _compose("train", arguments)
+    config = _read("RunConfig", settings)
+    _make_base(config.model)
+    from rlvr import runs
+    from rlvr.trainer import Trainer
+
+    runs.refuse_finished(config)
+    Trainer(config).run()
+    print(f"\nreport: {Path(config.run_dir) / 'report.html'}\n{_summary(Path(config.run_dir))}")
+
+
+def sft(arguments: list[str]) -> None:
+    print(f"model: {_run_sft(_compose('sft', arguments))}")
+
+
+def boundary(arguments: list[str]) -> None:
+    config = _read("BoundaryConfig", _compose("boundary", arguments))
+    from rlvr.boundary.evaluate import evaluate_paths
+
+    evaluate_paths(config)
+    print(f"report: {Path(config.out) / 'report.html'}")
+
+
+def report(arguments: list[str]) -> None:
+    if len(arguments) != 1 or not Path(arguments[0]).is_dir():
+        raise InputError(f"rlvr report: got {' '.join(arguments) or 'nothing'}, expected one folder of a run or an evaluation")
+    from rlvr.boundary.report import write_report
+
+    print(f"report: {write_report(Path(arguments[0]))}")
+
+
+def _compose(primary: str, arguments: list[str]) -> dict[str, Any]:
+    from rlvr.compose import compose
+
+    overrides, config_dirs, rest = [], [], iter(arguments)
+    for word in rest:
+        if word == "--config-dir":
+            config_dirs.append(next(rest, ""))
+        elif word.startswith("--config-dir="):
+            config_dirs.append(word.partition("=")[2])
+        elif word.startswith("-"):
+            raise InputError(f"no option {word!r}, expected key=value settings or --config-dir DIR")
+        else:
+            overrides.append(word)
+    sys.path.insert(0, "")  # a module of the user's in the current folder can be a component, as with python -m
+    return compose(primary, overrides, config_dirs)
+
+
+def _read(schema: str, settings: dict[str, Any]) -> Any:
+    from rlvr import config
+    from rlvr.build import from_mapping
+
+    return from_mapping(getattr(config, schema), settings)
+
+
+def _run_sft(settings: dict[str, Any]) -> Path:
+    config = _read("SftConfig", settings)
+    from rlvr.sft import run_sft
+
+    return run_sft(config)
+
+
+def _make_base(model: Any) -> None:
+    """Make the starting model with ``rlvr sft`` when the settings say how and it is not there yet."""
+    if model.make is None or model.path is None:
+        return
+    from rlvr.model import resolve_path
+
+    try:
+        resolve_path(model.path)
+    except InputError:
+        print(f"{model.path} is not there yet; making it with: rlvr sft experiment={model.make} run_dir={model.path}")
+        _run_sft(_compose("sft", [f"experiment={model.make}", f"run_dir={model.path}"]))
+
+
+def _summary(run_dir: Path) -> str:
+    """The three numbers that matter: pass@1, pass at the largest k, and their change, each with its interval."""
+    import json
+
+    path = run_dir / "boundary" / "boundary.json"
+    if not path.is_file():
+        return "no boundary evaluation (boundary.every=0)"
+    found = json.loads(path.read_text())
+    base, last, top = found["models"][0], found["models"][-1], str(found["k"][-1])
+
+    def value(model: dict[str, Any], k: str) -> str:
+        low, high = model["ci95"][k]
+        return f"{model['pass_at_k'][k]:.3f} [{low:.3f}, {high:.3f}]"
+
+    lines = [f"pass@{k:<5} base {value(base, k)}   {last['name']} {value(last, k)}" for k in dict.fromkeys(["1", top])]
+    if found["comparisons"]:
+        gap = found["comparisons"][-1]["delta_se"]
+        low, high = gap["ci95"]
+        lines.append(
+            f"sampling-efficiency gap, base pass@{gap['k']} - trained pass@1: {gap['value']:.3f} [{low:.3f}, {high:.3f}]"
+        )
+    return "\n".join([*lines, "intervals: 95 %, over the population of problems like these"])
+
+
+def _command_line(arguments: Sequence[str]) -> str:
+    import shlex
+
+    return shlex.join(["rlvr", *arguments])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+"""The error a user can put right."""
+
+
+class InputError(ValueError):
+    """Something the user can put right: the command line prints it without a traceback and exits with 2."""

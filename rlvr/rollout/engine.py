@@ -1,0 +1,53 @@
+"""The Engine protocol: what draws responses. One implementation per file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from rlvr.types import Completion, Request, Sampling
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """What users plug in with ``engine._target_=my_module.MyEngine``.
+
+    A class whose constructor takes its settings (a dataclass gets them type-checked) and does no work; the model comes
+    with ``load``.
+
+    ``load(path, stop_token_ids)``
+        Get the model in the Hugging Face folder or hub id ``path`` ready. A second call replaces the first model.
+    ``generate(requests, sampling) -> list[list[Completion]]``
+        ``len(request.seeds)`` responses to each request, in order. Prompts x n in one call; the engine cuts it into what
+        fits its memory. A response ends with the first token of ``stop_token_ids`` (included, finish reason ``stop``) or
+        after ``sampling.max_new_tokens`` tokens (``length``). ``logprobs`` are those of the distribution the token was
+        drawn from, after temperature (for a greedy request: of the tempered distribution). The same weights, prompt and
+        seed give the same response, whatever else is in the call, up to floating-point differences of batch shapes.
+    ``update_weights(weights)``
+        Replace the weights by this stream of (Hugging Face parameter name, tensor), every parameter once.
+    ``sleep()``, ``wake()``
+        Give device memory back while the trainer works, and take it again. ``generate`` is only called awake.
+    ``close()``
+        Free everything. The engine is not used afterwards.
+    """
+
+    def load(self, path: str, stop_token_ids: Sequence[int]) -> None: ...
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]: ...
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None: ...
+
+    def sleep(self) -> None: ...
+
+    def wake(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def hash_seed(*parts: object) -> int:
+    """A seed in [0, 2**63) from any labels. Hashed, so that neighbouring labels share nothing."""
+    text = "\x1f".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1

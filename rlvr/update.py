@@ -1,0 +1,180 @@
+"""One rollout batch into optimizer updates: minibatches, micro-batches, weights, losses, metrics.
+
+The weight of every token is fixed over all rows of an update before the first forward pass, so cutting the rows into
+micro-batches of any size changes memory and speed and no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from rlvr import maths
+from rlvr.algos import Algorithm
+from rlvr.backend import TrainedModel
+from rlvr.model import token_logprobs, token_values
+from rlvr.types import Batch
+
+
+@dataclass
+class TokenMeans:
+    """Means over tokens of many micro-batches, each token counted once."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, values: Tensor, mask: Tensor) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + float(maths.where_mask(values.detach(), mask).double().sum())
+        self.counts[name] = self.counts.get(name, 0) + int(mask.sum())
+
+    def means(self) -> dict[str, float]:
+        return {name: total / max(self.counts[name], 1) for name, total in self.sums.items()}
+
+
+def minibatches(groups: Tensor, prompts_per_minibatch: int, epochs: int, seed: int) -> Iterator[Tensor]:
+    """Rows of each optimizer update, ``[b] int64``. In order for one epoch, prompts reshuffled each epoch for several."""
+    labels = torch.unique(groups)
+    for epoch in range(epochs):
+        generator = torch.Generator().manual_seed((seed + epoch) % 2**63)
+        order = torch.randperm(len(labels), generator=generator).to(labels.device) if epochs > 1 else torch.arange(len(labels))
+        for chosen in labels[order].split(prompts_per_minibatch):
+            yield torch.isin(groups, chosen).nonzero().squeeze(1)
+
+
+def micro_batches(mask: Tensor, rows: Tensor, budget_tokens: int) -> Iterator[Tensor]:
+    """Cut rows into parts whose padded size (rows x longest) stays within the budget, rows of like length together.
+
+    A single row longer than the budget is a part of its own.
+    """
+    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    widths = (mask[rows] * columns).amax(1)  # [b] position after the last response token
+    order = torch.argsort(widths, stable=True)
+    part: list[int] = []
+    for index in order.tolist():
+        if part and (len(part) + 1) * int(widths[index]) > budget_tokens:
+            yield rows[torch.tensor(part, device=rows.device)]
+            part = []
+        part.append(index)
+    if part:
+        yield rows[torch.tensor(part, device=rows.device)]
+
+
+@torch.no_grad()
+def score_rows(batch: Batch, score: Callable[[Batch], Tensor], budget_tokens: int) -> Tensor:
+    """``score(part) -> [b, t]`` (or ``[b]``) over the whole batch in micro-batches, put together as ``[B, T]`` (or ``[B]``)."""
+    result: Tensor | None = None
+    for rows in micro_batches(batch.response_mask, torch.arange(len(batch), device=batch.tokens.device), budget_tokens):
+        values = score(batch.select(rows).trim())
+        if result is None:
+            result = torch.zeros(batch.tokens.shape[: values.ndim], dtype=values.dtype, device=values.device)
+        if values.ndim == 1:
+            result[rows] = values
+        else:
+            result[rows, : values.shape[1]] = values
+    assert result is not None
+    return result
+
+
+@dataclass(frozen=True)
+class UpdatePlan:
+    """How one rollout batch becomes updates."""
+
+    prompts_per_minibatch: int
+    epochs: int
+    micro_batch_tokens: int
+    temperature: float
+    loss_agg_const: float  # tokens, for loss_agg = seq-mean-token-sum-const
+    shuffle_seed: int
+
+
+def loss_mask(batch: Batch, algorithm: Algorithm) -> Tensor:
+    """Tokens with a weight in the loss: the response mask, less cut rows where the plan filters them."""
+    if algorithm.plan.overlong_filter:
+        return batch.response_mask & ~batch.truncated[:, None]
+    return batch.response_mask
+
+
+def policy_update(
+    policy: TrainedModel, algorithm: Algorithm, batch: Batch, advantages: Tensor, plan: UpdatePlan
+) -> tuple[dict[str, float], Tensor]:
+    """All updates of the policy on one rollout batch.
+
+    Returns the metrics and the log-probs ``[B, T]`` of the first pass over each row: when the whole batch is one update,
+    those of the weights that drew it.
+    """
+    means, norms, losses = TokenMeans(), [], []
+    first_pass = torch.zeros_like(batch.rollout_logprobs)
+    parts = list(minibatches(batch.groups, plan.prompts_per_minibatch, plan.epochs, plan.shuffle_seed))
+    on_policy = len(parts) == 1
+    mask = loss_mask(batch, algorithm)
+    for number, rows in enumerate(parts):
+        weights = maths.token_weights(mask[rows], algorithm.loss_agg, groups=batch.groups[rows], constant=plan.loss_agg_const)
+        row_weights = torch.zeros_like(batch.rollout_logprobs).index_copy(0, rows, weights)  # [B, T]
+        update_loss = 0.0
+        for micro in micro_batches(batch.response_mask, rows, plan.micro_batch_tokens):
+            part = batch.select(micro).trim()
+            width = part.tokens.shape[1]
+            weight, advantage = row_weights[micro, :width], advantages[micro, :width]
+            logprobs, entropy = token_logprobs(policy.module, part, plan.temperature, algorithm.c_ent != 0)
+            if on_policy:  # the ratio is then exactly 1: recomputed log-probs would differ by rounding
+                part = replace(part, old_logprobs=logprobs.detach())
+            if number < len(parts) // plan.epochs:
+                first_pass[micro, :width] = logprobs.detach()
+            token_loss = algorithm.token_loss(part, logprobs, advantage)
+            loss = (maths.where_mask(token_loss, weight > 0) * weight).sum()
+            if algorithm.c_ent != 0:
+                loss = loss - algorithm.c_ent * (entropy * weight).sum()
+            policy.backward(loss)
+            update_loss += float(loss.detach())
+            means.add("policy/entropy_nats", entropy, part.response_mask)
+            for name, values in algorithm.token_metrics(part, logprobs.detach(), advantage).items():
+                means.add(name, values, part.response_mask)
+        norms.append(policy.step())
+        losses.append(update_loss)
+    metrics = {
+        **means.means(),
+        "policy/loss": sum(losses) / len(losses),
+        "policy/grad_norm": sum(norms) / len(norms),
+        "policy/lr": policy.lr,
+        "policy/kl_coef": algorithm.kl_coef,
+        "policy/rows": float(len(batch)),
+        "policy/tokens": float(mask.sum()),
+        "policy/updates": float(len(parts)),
+    }
+    return metrics, first_pass
+
+
+def critic_update(
+    critic: TrainedModel, algorithm: Algorithm, batch: Batch, targets: Tensor, plan: UpdatePlan
+) -> dict[str, float]:
+    """All updates of the critic on one rollout batch, same minibatches as the policy; its own token mean."""
+    losses, norms = [], []
+    mask = loss_mask(batch, algorithm)
+    for rows in minibatches(batch.groups, plan.prompts_per_minibatch, plan.epochs, plan.shuffle_seed):
+        weights = torch.zeros_like(batch.rollout_logprobs)
+        weights[rows] = maths.token_weights(mask[rows], "token-mean")
+        update_loss = 0.0
+        for micro in micro_batches(batch.response_mask, rows, plan.micro_batch_tokens):
+            part = batch.select(micro).trim()
+            width = part.tokens.shape[1]
+            values, _ = token_values(critic.module, part)
+            weight = weights[micro, :width]
+            value_loss = algorithm.value_loss(part, values, targets[micro, :width])
+            loss = algorithm.c_v * (maths.where_mask(value_loss, weight > 0) * weight).sum()
+            critic.backward(loss)
+            update_loss += float(loss.detach())
+        norms.append(critic.step())
+        losses.append(update_loss)
+    assert batch.values is not None
+    returns, residuals = targets[batch.response_mask], (targets - batch.values)[batch.response_mask]
+    return {
+        "critic/loss": sum(losses) / len(losses),
+        "critic/grad_norm": sum(norms) / len(norms),
+        "critic/lr": critic.lr,
+        "critic/return_mean": float(returns.mean()),
+        "critic/return_std": float(returns.std()),
+        "critic/explained_variance": float(1 - residuals.var() / returns.var()) if float(returns.var()) > 0 else 0.0,
+    }
