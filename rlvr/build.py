@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -105,10 +106,10 @@ def _is_union(annotation: Any) -> bool:
 
 def build(base: type, node: Any, key: str, problems: list[str]) -> Any:
     """The component a mapping with ``_target_`` describes; ``base`` is the class or protocol it must be."""
-    if isinstance(node, base):
+    if is_dataclass(node) and isinstance(node, base):
         return node
     target = node.get("_target_") if isinstance(node, Mapping) else None
-    if not isinstance(target, str) or target == "???" or "." not in target:
+    if not isinstance(target, str) or not re.fullmatch(r"\w+(\.\w+)+", target):
         problems.append(
             f"{key}._target_: got {target!r}, expected the dotted path of a {base.__name__}, as in my_module.MyClass"
         )
@@ -124,7 +125,7 @@ def build(base: type, node: Any, key: str, problems: list[str]) -> Any:
         hint = f"; did you mean {module_name}.{near[0]}?" if near else ""
         problems.append(f"{key}._target_: got {target!r}, but {module_name} has no {class_name}{hint}")
         return None
-    if not (isinstance(cls, type) and is_dataclass(cls)):
+    if not (isinstance(cls, type) and "__dataclass_fields__" in vars(cls)):  # inherited ones would lose its own fields
         problems.append(
             f"{key}._target_: {target} is not a dataclass; put @dataclass above it, so that its settings can be checked and "
             "written to config.yaml"
@@ -132,7 +133,8 @@ def build(base: type, node: Any, key: str, problems: list[str]) -> Any:
         return None
     instance = _read(cls, node, key, problems)
     if instance is not None and not isinstance(instance, base):
-        wanted = [name for name in vars(base) if not name.startswith("_") and not hasattr(instance, name)]
+        members = [*vars(base), *base.__annotations__]
+        wanted = [name for name in members if not name.startswith("_") and not hasattr(instance, name)]
         lacks = f"; it lacks {', '.join(wanted)}" if wanted else ""
         problems.append(f"{key}._target_: {target} is not a {base.__name__} ({base.__module__}){lacks}")
         return None

@@ -105,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(arguments: list[str]) -> None:
     settings = _compose("train", arguments)
+    if {"model.path", "model.make"} & {word.partition("=")[0] for word in arguments} == {"model.path"}:
+        settings["model"]["make"] = None  # the recipe knows how to make its own model, not one that the user names
     config = _read("RunConfig", settings)
     _make_base(config.model)
     from rlvr import runs

@@ -29,7 +29,11 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"task: {path} does not exist; give a .jsonl file or a hub id such as openai/gsm8k")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON strings may hold U+2028
+    except UnicodeDecodeError as error:
+        raise InputError(f"task: {path} is not UTF-8 text (byte {error.start}); convert it") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -99,6 +103,8 @@ class PairsFile:
     def __iter__(self) -> Iterator[tuple[str, str]]:
         rows = read_rows(self.path, self.split)
         for key, wanted in (("prompt_field", self.prompt_field), ("response_field", self.response_field)):
-            if wanted not in rows[0]:
-                raise InputError(f"data.{key}: got {wanted!r}, but the rows of {self.path} have {', '.join(sorted(rows[0]))}")
+            for index, row in enumerate(rows):
+                if wanted not in row:
+                    found = ", ".join(sorted(row))
+                    raise InputError(f"data.{key}: got {wanted!r}, but row {index} of {self.path} has the fields {found}")
         return itertools.cycle((str(row[self.prompt_field]), str(row[self.response_field])) for row in rows)

@@ -1,9 +1,9 @@
 """Symbolic comparison of two LaTeX answers, and the killable processes it runs in.
 
 A worker must start quickly and keep little memory: this module imports neither torch nor rlvr.types, and lives outside
-``rlvr.rewards`` because that package's ``__init__`` does. The parser is math-verify's (latex2sympy2_extended); the
-decision is made here, numerically and relative to the size of the numbers, because math-verify's own comparison calls
-all tiny magnitudes equal, folds the case of variables and rounds to six decimals.
+``rlvr.rewards`` because that package's ``__init__`` does. math-verify parses (its latex2sympy2_extended) and must call the
+two equal; what it calls equal is then checked here, numerically and relative to the size of the numbers, because it also
+takes all tiny magnitudes for equal and rounds to six decimals.
 """
 
 from __future__ import annotations
@@ -133,12 +133,15 @@ def read(text: str, is_real: bool) -> Any:
 
 
 def _same(answer: str, gold: str) -> tuple[bool, str]:
+    from math_verify import verify
     from math_verify.grader import should_treat_as_complex
     from sympy import And, Expr, MatrixBase, Set
     from sympy.core.relational import Relational
 
     is_real = not should_treat_as_complex(f"{answer} {gold}")
     g, a = read(gold, is_real), read(answer, is_real)
+    if not verify(g, a, timeout_seconds=None):  # its own limit is an alarm that only a main thread may set; the pool has ours
+        return False, "different for math-verify"
     if isinstance(a, Expr) and isinstance(g, Expr):
         return same_expr(a, g), "compared as expressions"
     if isinstance(a, (Relational, And)) and isinstance(g, (Relational, And)):

@@ -188,7 +188,14 @@ def rollout_weights(
         return where_mask(weights, mask)
 
 
-def token_weights(response_mask: Tensor, mode: str, *, groups: Tensor | None = None, constant: float | None = None) -> Tensor:
+def token_weights(
+    response_mask: Tensor,
+    mode: str,
+    *,
+    groups: Tensor | None = None,
+    constant: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Weight of each token in the loss of one optimizer step: ``[B, T]``, 0 outside the mask.
 
     ``loss = (token_loss * weights).sum()`` over the rows of the step, all ranks and micro-batches, so any split of the
@@ -197,7 +204,6 @@ def token_weights(response_mask: Tensor, mode: str, *, groups: Tensor | None = N
     ``seq-mean-token-sum-const`` 1 / (N constant); ``group-mean-token-mean`` 1 / (groups * tokens of the group).
     """
     mask = response_mask
-    dtype = torch.float32
     lengths = mask.sum(-1, keepdim=True)  # [B, 1]
     rows = (lengths > 0).sum().clamp(min=1)
     if mode == "token-mean":
@@ -225,7 +231,8 @@ def token_weights(response_mask: Tensor, mode: str, *, groups: Tensor | None = N
 def entropy(logits: Tensor) -> Tensor:
     """Entropy of softmax(logits) over the last dimension, in nats: ``[..., V] -> [...]``."""
     logprobs = torch.log_softmax(logits, -1)
-    return -torch.where(logprobs > -torch.inf, logprobs.exp() * logprobs, 0.0).sum(-1)
+    finite = torch.where(logprobs > -torch.inf, logprobs, 0.0)  # 0 * -inf is NaN, in the gradient too
+    return -(logprobs.exp() * finite).sum(-1)
 
 
 # ---- length shaping ---------------------------------------------------------------------------------------------------

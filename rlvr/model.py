@@ -17,9 +17,12 @@ from transformers import (
     Qwen2Config,
     Qwen2Tokenizer,
 )
+from transformers.utils import logging as transformers_logging
 
 from rlvr import maths
 from rlvr.types import Batch, InputError, Prompt
+
+transformers_logging.disable_progress_bar()  # a bar per loaded or saved file would bury the run's own
 
 EOS, PAD = "<eos>", "<pad>"
 ALPHABETS: dict[str, str] = {"countdown": "0123456789+-*=,:?\u0120", "bytes": ""}  # U+0120: the space of byte-level tokenizers

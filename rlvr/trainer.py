@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from rlvr import checkpoint, maths, runs
-from rlvr.boundary.evaluate import evaluate_run
+from rlvr.boundary.evaluate import evaluate_run, evaluation_prompts
 from rlvr.build import to_mapping
 from rlvr.config import RunConfig
 from rlvr.data import PromptStream
@@ -44,6 +44,8 @@ class Trainer:
         self.base_path = runs.base_model(config)
         self.tokenizer = load_tokenizer(self.base_path)
         prompts = self._usable_prompts(config.task.prompts("train"))
+        if config.boundary.every != 0:
+            evaluation_prompts(config.task, config.boundary)  # refused now rather than after the training
         state = checkpoint.load_state(folder.resume_from) if folder.resume_from else {}
         self.step_number: int = state.get("step", 0)
         start_path = str(folder.resume_from or self.base_path)

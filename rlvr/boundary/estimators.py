@@ -25,7 +25,8 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
         raise ValueError(f"pass@k: got k = {k} with n = {n} answers per problem, expected 1 <= k <= n; sample more or lower k")
     if not 0 <= correct <= n:
         raise ValueError(f"pass@k: got {correct} correct of n = {n}, expected 0 <= correct <= n")
-    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+    ways = math.comb(n, k)
+    return (ways - math.comb(n - correct, k)) / ways  # whole numbers up to the one division: correctly rounded
 
 
 def problem_curve(n: int, correct: Sequence[int], k: int) -> NDArray[np.float64]:

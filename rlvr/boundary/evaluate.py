@@ -46,11 +46,7 @@ def evaluate(
     sampling: Sampling,
 ) -> dict[str, Any]:
     """Fill the sample stores, write ``boundary.json``, and return it. The first model is the one others are compared with."""
-    prompts = list(task.prompts("test"))[: settings.problems]
-    if not prompts:
-        raise InputError(f"boundary.problems: the test set of {task.name} is empty; expected at least one problem")
-    if settings.problems is not None and len(prompts) < settings.problems:
-        raise InputError(f"boundary.problems: got {settings.problems}, but the test set of {task.name} has {len(prompts)}")
+    prompts = evaluation_prompts(task, settings)
     checkpoint.write_jsonl(folder / "problems.jsonl", [{"id": p.id, "text": p.text, "gold": p.gold} for p in prompts])
     entries = []
     for model in models:
@@ -76,6 +72,16 @@ def evaluate(
     }
     checkpoint.write_json(folder / "boundary.json", result)
     return result
+
+
+def evaluation_prompts(task: Task, settings: BoundarySettings) -> list[Prompt]:
+    """The problems of an evaluation. Raises InputError when there are not as many as asked for."""
+    prompts = list(task.prompts("test"))[: settings.problems]
+    if not prompts:
+        raise InputError(f"boundary.problems: the test set of {task.name} is empty; expected at least one problem")
+    if settings.problems is not None and len(prompts) < settings.problems:
+        raise InputError(f"boundary.problems: got {settings.problems}, but the test set of {task.name} has {len(prompts)}")
+    return prompts
 
 
 def fill(

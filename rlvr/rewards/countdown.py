@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from rlvr.types import Prompt, Rollout, Verdict
 
-NUMBER = "(0|[1-9][0-9]{0,8})"  # no leading zeros: one spelling per number, so that every correct string can be enumerated
+NUMBER = "(0|[1-9][0-9]{0,17})"  # no leading zeros: one spelling per number, so that every correct string can be enumerated
 STEP = re.compile(rf"{NUMBER}([-+*]){NUMBER}={NUMBER}")
 TRACE = re.compile(rf"{STEP.pattern}(?:,{STEP.pattern})*")
 

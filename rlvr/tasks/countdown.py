@@ -148,14 +148,15 @@ class CountdownTask:
 class CountdownTraces:
     """Endless (prompt, response) pairs for pre-training: correct arithmetic, most of which misses the stated target.
 
-    A pair hits its target with the stated probability; otherwise the trace is random and the target is the result of
-    another random trace over the same numbers, so that the format and the arithmetic are learnt but hardly the search.
+    A pair hits its target with the stated probability; otherwise the trace is random, the target is the result of another
+    random trace over the same numbers, and only chance makes the two meet (about one time in ten with three numbers).
     """
 
     task: CountdownTask
-    four_number_share: float = 0.5
-    hit_share_three: float = 0.25  # of the three-number pairs, response reaches the target
-    hit_share_four: float = 0.25
+    four_number_share: float = 0.4
+    hit_share_three: float = 0.8  # of the three-number pairs, response reaches the target
+    hit_share_four: float = 0.0  # of the four-number pairs, beyond chance
+    unfinished_share: float = 0.4  # of all pairs: the trace stops before every number is used, which is always wrong
     seed: int = 0
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
@@ -163,11 +164,17 @@ class CountdownTraces:
         held_out = {problem_key(problem) for problem in problem_sets(self.task)["test"]}
         while True:
             four = rng.random() < self.four_number_share
-            numbers, target = draw_problem(4 if four else 3, self.task.max_number, self.task.max_target, rng)
             hit = rng.random() < (self.hit_share_four if four else self.hit_share_three)
-            if problem_key((numbers, target)) in held_out:
-                continue
+            numbers, target = self._free_problem(4 if four else 3, held_out, rng)
             steps, result = random_trace(numbers, rng)
             while hit and result != target:
                 steps, result = random_trace(numbers, rng)
+            if rng.random() < self.unfinished_share:
+                steps = steps[: rng.randrange(1, len(steps))]
             yield prompt_text((numbers, target)), ",".join(steps)
+
+    def _free_problem(self, num_numbers: int, held_out: set[Problem], rng: random.Random) -> Problem:
+        while True:  # redrawn at the same size, so that the shares stay as stated
+            problem = draw_problem(num_numbers, self.task.max_number, self.task.max_target, rng)
+            if problem_key(problem) not in held_out:
+                return problem

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Lint, types and tests in the active environment. Arguments go to pytest: bash scripts/check.sh -m "not slow"
+set -euo pipefail
+cd "$(dirname "$0")/.."
+ruff format --check rlvr tests scripts
+ruff check rlvr tests scripts
+mypy
+python -m pytest "$@"

@@ -1,0 +1,322 @@
+"""The real loop on a tiny random model: repeatability, resuming, declared needs, files of a run."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlvr import checkpoint, maths
+from rlvr.algos import Algorithm
+from rlvr.algos.grpo import GRPO
+from rlvr.config import CriticSettings, RunConfig, TrainerSettings, WandbSettings
+from rlvr.log import METRICS, read_metrics
+from rlvr.rewards.random import RandomReward
+from rlvr.rollout.metrics import rollout_metrics
+from rlvr.trainer import Trainer
+from rlvr.types import Batch, InputError, Prompt, Rollout, SamplingPlan, Verdict
+
+MakeConfig = Callable[..., RunConfig]
+FREE_PREFIXES = ("time/", "perf/", "memory/")
+
+
+@dataclass(frozen=True)
+class LengthReward:
+    """Correct when the response has an even number of characters: a random model gets mixed groups."""
+
+    def judge(self, prompts: list[Prompt], rollouts: list[Rollout]) -> list[Verdict]:
+        even = [len(rollout.text) % 2 == 0 for rollout in rollouts]
+        return [Verdict(float(good), good, "graded", rollout.text) for good, rollout in zip(even, rollouts, strict=True)]
+
+
+def numbers(run_dir: str) -> list[dict[str, Any]]:
+    """Metrics of a run without those that may differ between two runs."""
+    rows = read_metrics(Path(run_dir) / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if not name.startswith(FREE_PREFIXES)} for row in rows]
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def trained(config: RunConfig) -> Path:
+    trainer = Trainer(config)
+    trainer.train()
+    trainer.close()
+    return Path(config.run_dir)
+
+
+def test_same_seed_same_numbers_and_another_seed_others(run_config: MakeConfig, tmp_path: Path) -> None:
+    first, again, other = (
+        trained(run_config(run_dir=str(tmp_path / name), seed=seed, reward=LengthReward()))
+        for name, seed in (("first", 0), ("again", 0), ("other", 1))
+    )
+    assert numbers(str(first)) == numbers(str(again))
+    assert numbers(str(first)) != numbers(str(other))
+
+
+def test_stop_and_resume_equals_straight_through(run_config: MakeConfig, tmp_path: Path) -> None:
+    settings = TrainerSettings(steps=4, prompts_per_step=4, responses_per_prompt=4, checkpoint_every=2)
+    straight = trained(run_config(run_dir=str(tmp_path / "straight"), reward=LengthReward(), trainer=settings))
+    broken = run_config(run_dir=str(tmp_path / "broken"), reward=LengthReward(), trainer=settings)
+    killed = Trainer(broken)
+    for _ in range(3):  # the third step is after the checkpoint and will be repeated
+        killed.step()
+    resumed = Trainer(run_config(run_dir=str(tmp_path / "broken"), reward=LengthReward(), trainer=settings))
+    assert resumed.step_number == 2
+    resumed.train()
+    assert numbers(str(straight)) == numbers(str(tmp_path / "broken"))
+    last = "checkpoints/step_000004"
+    for name, tensor in weights(straight / last).items():
+        assert torch.equal(tensor, weights(tmp_path / "broken" / last)[name]), name
+
+
+def test_interrupt_saves_and_continues(run_config: MakeConfig, tmp_path: Path) -> None:
+    config = run_config(trainer=TrainerSettings(steps=50, prompts_per_step=2, responses_per_prompt=2, checkpoint_every=50))
+    trainer = Trainer(config)
+    original = trainer.collector.collect
+
+    def collect_then_signal(*arguments: Any) -> Any:
+        if trainer.step_number == 1:
+            signal.raise_signal(signal.SIGINT)
+        return original(*arguments)
+
+    trainer.collector.collect = collect_then_signal  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert (Path(config.run_dir) / "checkpoints" / "latest").read_text().strip() == "step_000002"
+    assert Trainer(config).step_number == 2
+
+
+def test_files_of_a_run(run_config: MakeConfig) -> None:
+    settings = TrainerSettings(steps=3, prompts_per_step=4, responses_per_prompt=4, checkpoint_every=2, save_rollouts_every=2)
+    config = run_config(trainer=settings)
+    Trainer(config).run()
+    folder = Path(config.run_dir)
+    assert checkpoint.saved_steps(folder) == [2, 3]
+    assert (folder / "checkpoints" / "latest").read_text() == "step_000003\n"
+    assert AutoTokenizer.from_pretrained(folder / "checkpoints" / "step_000002")("1+2")["input_ids"]
+    rows = [json.loads(line) for line in (folder / "rollouts" / "step_000002.jsonl").read_text().splitlines()]
+    assert len(rows) == 16
+    assert {"prompt", "response", "score", "status", "finish_reason"} <= set(rows[0])
+    environment = json.loads((folder / "environment.json").read_text())
+    assert {"command", "git_commit", "versions", "hardware"} <= set(environment)
+    boundary = json.loads((folder / "boundary" / "boundary.json").read_text())
+    assert [model["name"] for model in boundary["models"]] == ["base", "step_000002", "step_000003"]
+    assert "step_000003" in (folder / "report.html").read_text()
+    assert not list(folder.rglob("*.partial*"))
+
+
+def test_every_metric_is_documented_and_every_response_has_a_status(run_config: MakeConfig) -> None:
+    config = run_config(reward=LengthReward(), algo=GRPO(kl_coef=0.01))
+    metrics = Trainer(config).step()
+    prefixes = tuple(name.split("*")[0] for name in METRICS if "*" in name)
+    assert not [name for name in metrics if name not in METRICS and not name.startswith(prefixes)]
+    assert sum(value for name, value in metrics.items() if name.startswith("status/")) == 16
+    assert metrics["status/graded"] == 16
+    assert metrics["mismatch/abs_diff_max"] < 1e-4
+    assert metrics["policy/ref_kl_k3_nats"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_micro_batches_change_no_number(run_config: MakeConfig, tmp_path: Path) -> None:
+    runs = []
+    for budget in (100_000, 60, 1):
+        settings = TrainerSettings(
+            steps=2, prompts_per_step=4, responses_per_prompt=4, micro_batch_tokens=budget, minibatch_prompts=2
+        )
+        config = run_config(
+            run_dir=str(tmp_path / str(budget)), trainer=settings, reward=LengthReward(), algo=GRPO(kl_coef=0.1)
+        )
+        runs.append(numbers(str(trained(config))))
+    for other in runs[1:]:
+        for ours, theirs in zip(runs[0], other, strict=True):
+            assert ours.keys() == theirs.keys()
+            for name in ours:
+                assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=2e-5), name
+
+
+@pytest.mark.parametrize("loss_agg", maths.LOSS_AGGREGATIONS)
+def test_gradient_is_the_same_for_any_split(run_config: MakeConfig, tmp_path: Path, loss_agg: str) -> None:
+    """|g1 - g2| / |g| < 1e-5 over the whole vector, a row without a token included."""
+    gradients = []
+    for budget in (100_000, 80, 1):
+        settings = TrainerSettings(steps=1, prompts_per_step=4, responses_per_prompt=4, micro_batch_tokens=budget)
+        config = run_config(run_dir=str(tmp_path / str(budget)), trainer=settings, reward=LengthReward())
+        trainer = Trainer(replace(config, algo=GRPO(loss_agg=loss_agg)))
+        make_batch = trainer._score
+
+        def with_an_empty_row(batch: Batch, scored: Callable[[Batch], Batch] = make_batch) -> Batch:
+            mask = batch.response_mask.clone()
+            mask[3] = False
+            return scored(replace(batch, response_mask=mask))
+
+        trainer._score = with_an_empty_row  # type: ignore[method-assign]
+        captured: list[Tensor] = []
+
+        def capture(model: Any = trainer.policy, into: list[Tensor] = captured) -> float:
+            into.append(torch.cat([p.grad.flatten() for p in model.module.parameters()]).clone())
+            return 0.0
+
+        trainer.policy.step = capture  # type: ignore[method-assign]
+        trainer.step()
+        gradients.append(captured[0])
+    assert float(gradients[0].norm()) > 0
+    for other in gradients[1:]:
+        assert float((gradients[0] - other).norm() / gradients[0].norm()) < 1e-5
+
+
+def test_advantages_see_the_whole_batch_whatever_the_minibatch(run_config: MakeConfig, tmp_path: Path) -> None:
+    seen = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Watching(GRPO):
+        def advantages(self, batch: Batch) -> Tensor:
+            result = super().advantages(batch)
+            seen.append(result)
+            return result
+
+    for minibatch in (4, 1):
+        settings = TrainerSettings(steps=1, prompts_per_step=4, responses_per_prompt=4, minibatch_prompts=minibatch)
+        config = run_config(run_dir=str(tmp_path / str(minibatch)), trainer=settings, reward=LengthReward(), algo=Watching())
+        metrics = Trainer(config).step()
+        assert metrics["policy/updates"] == 4 / minibatch
+    assert torch.equal(*seen)
+
+
+def test_reward_rises_on_a_learnable_task(run_config: MakeConfig) -> None:
+    """A random model learns to give responses of even length; the mean of the last steps clears the first by far."""
+    from rlvr.backend import OptimizerSettings
+
+    settings = TrainerSettings(steps=30, prompts_per_step=8, responses_per_prompt=8, checkpoint_every=30)
+    config = run_config(trainer=settings, reward=LengthReward(), optimizer=OptimizerSettings(lr=3e-3))
+    correct = [row["reward/mean"] for row in numbers(str(trained(config)))]
+    assert sum(correct[-5:]) / 5 > sum(correct[:5]) / 5 + 0.2
+
+
+def test_random_reward_leaves_the_verifiers_word_alone(run_config: MakeConfig) -> None:
+    metrics = Trainer(run_config(reward=RandomReward())).step()
+    assert metrics["correct/mean"] == 0.0
+    assert 0 < metrics["reward/mean"] < 1
+    assert metrics["groups/all_wrong_fraction"] == 1.0
+
+
+def test_dynamic_sampling_fills_the_step_with_mixed_groups(run_config: MakeConfig) -> None:
+    plan = SamplingPlan(dynamic=True, gen_batch_prompts=3)
+    trainer = Trainer(run_config(reward=LengthReward(), algo=GRPO(plan=plan)))
+    data = trainer.collector.collect(trainer.algorithm, 0)
+    assert len(data.prompts) == 4
+    for start in range(0, 16, 4):
+        group = [row.verdict.correct for row in data.rollouts[start : start + 4] if row.verdict]
+        assert 0 < sum(group) < 4
+    positions = [trainer.stream.prompts.index(prompt) for prompt in data.prompts]
+    taken = [prompt for _, prompt in type(trainer.stream)(trainer.stream.prompts, 0).take(trainer.stream.taken)]
+    order = [taken.index(trainer.stream.prompts[position]) for position in positions]
+    assert order == sorted(order)
+
+
+def test_dynamic_sampling_that_cannot_fill_says_the_keep_rate(run_config: MakeConfig) -> None:
+    plan = SamplingPlan(dynamic=True, max_gen_batches=2)
+    with pytest.raises(InputError, match=r"0 of 8 prompts kept, keep rate 0\.000"):
+        Trainer(run_config(algo=GRPO(plan=plan))).step()
+
+
+def test_greedy_rows_are_scored_and_never_trained_on(run_config: MakeConfig) -> None:
+    trainer = Trainer(run_config(reward=LengthReward(), algo=GRPO(plan=SamplingPlan(greedy=True))))
+    data = trainer.collector.collect(trainer.algorithm, 0)
+    assert len(data.greedy) == 4
+    assert len(data.rollouts) == len(data.sampled) == 16
+    assert not any(row.greedy for row in data.rollouts)
+    metrics = trainer.step()
+    assert metrics["policy/rows"] == 16
+    assert "rollout/greedy_score_mean" in metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueBaseline(Algorithm):
+    """A = return - value, to exercise a declared critic."""
+
+    needs_critic: ClassVar[bool] = True
+
+    def advantages(self, batch: Batch) -> Tensor:
+        assert batch.values is not None
+        return maths.where_mask(self.value_targets(batch) - batch.values, batch.response_mask)
+
+    def value_targets(self, batch: Batch) -> Tensor:
+        return maths.where_mask(batch.rewards[:, None].expand(batch.tokens.shape), batch.response_mask)
+
+
+def test_a_declared_critic_is_trained_saved_and_restored(run_config: MakeConfig) -> None:
+    from rlvr.backend import OptimizerSettings
+
+    settings = TrainerSettings(steps=6, prompts_per_step=4, responses_per_prompt=4, checkpoint_every=3)
+    parts: dict[str, Any] = {
+        "trainer": settings,
+        "reward": LengthReward(),
+        "algo": ValueBaseline(),
+        "critic": CriticSettings(optimizer=OptimizerSettings(lr=1e-3), warmup_steps=1),
+    }
+    trainer = Trainer(run_config(**parts))
+    before = {name: tensor.clone() for name, tensor in trainer.policy.weights()}
+    assert trainer.step()["policy/updates"] == 0  # the warm-up trains the critic alone
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.policy.weights())
+    losses = [trainer.step()["critic/loss"] for _ in range(2)]
+    assert all(loss > 0 for loss in losses)
+    resumed = Trainer(run_config(**parts))
+    assert resumed.critic is not None and trainer.critic is not None
+    for (name, ours), (_, theirs) in zip(trainer.critic.weights(), resumed.critic.weights(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_adaptive_kl_moves_and_survives_a_resume(run_config: MakeConfig) -> None:
+    algo = GRPO(kl_coef=0.1, kl_controller="adaptive", kl_target=1.0, kl_horizon=100)
+    settings = TrainerSettings(steps=4, prompts_per_step=4, responses_per_prompt=4, checkpoint_every=1)
+    parts: dict[str, Any] = {"algo": algo, "trainer": settings, "reward": LengthReward()}
+    trainer = Trainer(run_config(**parts))
+    trainer.step()
+    assert trainer.algorithm.kl_coef == pytest.approx(0.1 * (1 - 0.2 * 16 / 100))
+    assert Trainer(run_config(**parts)).algorithm.kl_coef == trainer.algorithm.kl_coef
+
+
+def test_other_settings_in_the_same_folder_are_refused(run_config: MakeConfig) -> None:
+    config = run_config()
+    Trainer(config).step()
+    before = (Path(config.run_dir) / "config.yaml").read_text()
+    with pytest.raises(InputError, match=r"algo\.clip_eps: was 0\.2, now 0\.3"):
+        Trainer(run_config(algo=GRPO(clip_eps=0.3)))
+    assert (Path(config.run_dir) / "config.yaml").read_text() == before
+
+
+def test_crashing_verifier_stops_the_run(run_config: MakeConfig) -> None:
+    @dataclass(frozen=True)
+    class Broken:
+        def judge(self, prompts: list[Prompt], rollouts: list[Rollout]) -> list[Verdict]:
+            return [Verdict(0.0, False, "crashed", None, "the grader fell over")] * len(rollouts)
+
+    with pytest.raises(RuntimeError, match=r"16 of 16 verdicts of step 1 crashed.*the grader fell over"):
+        Trainer(run_config(reward=Broken())).step()
+
+
+def test_wandb_offline(run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = run_config(wandb=WandbSettings(mode="offline"))
+    trained(config)
+    assert list((Path(config.run_dir) / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_length_penalty_reaches_rewards_and_not_correctness(run_config: MakeConfig) -> None:
+    plan = SamplingPlan(overlong_buffer_tokens=12, overlong_filter=True)
+    trainer = Trainer(run_config(reward=LengthReward(), algo=GRPO(plan=plan)))
+    metrics = trainer.step()
+    assert metrics["rollout/overlong_penalty_mean"] < -0.5
+    assert 0 <= metrics["correct/mean"] <= 1
+    assert metrics["policy/tokens"] < metrics["rollout/tokens"]
+    assert rollout_metrics.__doc__
