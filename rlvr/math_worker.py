@@ -1,8 +1,8 @@
 """Symbolic comparison of two LaTeX answers, and the killable processes it runs in.
 
 A worker must start quickly and keep little memory: this module imports neither torch nor rlvr.types, and lives outside
-``rlvr.rewards`` because that package's ``__init__`` does. math-verify parses (its latex2sympy2_extended) and must call the
-two equal; what it calls equal is then checked here, numerically and relative to the size of the numbers, because it also
+``rlvr.rewards`` because that package's ``__init__`` does. math-verify parses (its latex2sympy2_extended) and must call
+two expressions equal; that is then checked here, numerically and relative to the size of the numbers, because it also
 takes all tiny magnitudes for equal and rounds to six decimals.
 """
 
@@ -140,10 +140,9 @@ def _same(answer: str, gold: str) -> tuple[bool, str]:
 
     is_real = not should_treat_as_complex(f"{answer} {gold}")
     g, a = read(gold, is_real), read(answer, is_real)
-    if not verify(g, a, timeout_seconds=None):  # its own limit is an alarm that only a main thread may set; the pool has ours
-        return False, "different for math-verify"
     if isinstance(a, Expr) and isinstance(g, Expr):
-        return same_expr(a, g), "compared as expressions"
+        # No limit here: math-verify's is an alarm, which only a main thread may set; the pool has its own.
+        return verify(g, a, timeout_seconds=None) and same_expr(a, g), "compared as expressions"
     if isinstance(a, (Relational, And)) and isinstance(g, (Relational, And)):
         return same_relations(_relations(a), _relations(g)), "compared as relations"
     if isinstance(a, MatrixBase) and isinstance(g, MatrixBase):

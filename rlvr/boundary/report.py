@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import yaml
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from rlvr.checkpoint import write_text
 from rlvr.types import VERDICT_STATUSES, InputError
 
 Json = dict[str, Any]
@@ -89,12 +89,8 @@ def write_report(folder: Path) -> Path:
     )
     page = templates.get_template("report_template.html.j2").render(_context(sources))
     target = folder / "report.html"
-    partial = folder / f".report.html.{os.getpid()}.tmp"
-    try:
-        partial.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    # A lone surrogate in a response cannot be encoded.
+    write_text(target, page.encode("utf-8", errors="replace").decode("utf-8"))
     return target
 
 
@@ -165,17 +161,6 @@ def _rows(path: Path, wanted: dict[str, Picked] | None = None) -> Iterator[Json]
             if not isinstance(row, dict):
                 raise InputError(f"{path}:{number}: got {type(row).__name__}, expected a JSON object")
             yield row
-
-
-def _find(config: Json, *paths: str) -> Any:
-    """The first dotted path that leads to a value, or None."""
-    for path in paths:
-        value: Any = config
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        if value is not None and not isinstance(value, dict | list):
-            return value
-    return None
 
 
 def _number(value: Any, sign: str = "") -> str:
@@ -263,14 +248,14 @@ def _crossover(comparison: Json) -> str:
 
 def _facts(sources: Sources) -> list[tuple[str, str]]:
     config, boundary, base = sources.config, sources.boundary, _ends(sources.boundary)[0]
-    task = boundary.get("task") or _find(config, "task.name", "task._target_", "task")
-    algorithm = _find(config, "algorithm._target_", "algo._target_", "algorithm.name", "algorithm", "algo")
-    model = _find(config, "model.path", "model.name", "model.name_or_path", "model", "policy.path")
+    algorithm = config.get("algo", {}).get("_target_")
     facts = [
-        ("task", task),
-        ("base model", model or base.get("path")),
-        ("algorithm", str(algorithm).rsplit(".", 1)[-1] if algorithm else None),
-        ("seed", _find(config, "seed", "run.seed", "trainer.seed")),
+        ("task", boundary.get("task") or config.get("task", {}).get("_target_")),
+        ("base model", config.get("model", {}).get("path") or base.get("path")),
+        ("algorithm", algorithm.rsplit(".", 1)[-1] if algorithm else None),
+        ("learning rate", config.get("optimizer", {}).get("lr")),
+        ("reward", (config.get("reward") or {}).get("_target_")),  # only when it is not the task's own
+        ("seed", config.get("seed")),
         ("commit", str(sources.environment.get("git_commit") or "")[:12] or None),
         ("started", sources.environment.get("started")),
         ("steps in metrics.jsonl", sources.metrics[-1]["step"] if sources.metrics else None),
@@ -478,7 +463,7 @@ def _context(sources: Sources) -> Json:
     pass_figure = _pass_figure(boundary) if boundary else None
     figures = [f for f in (pass_figure, by_step, *(figure for _, figure in training)) if f]
     return {
-        "name": str(_find(sources.config, "name", "run_name", "run.name") or sources.folder.resolve().name),
+        "name": sources.folder.resolve().name,
         "facts": _facts(sources),
         "summary": _summary(boundary),
         "pass_figure": pass_figure,

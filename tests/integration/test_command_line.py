@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +14,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rlvr.build import from_mapping
 from rlvr.cli import main
+from rlvr.compose import compose
+from rlvr.config import RunConfig
 from rlvr.log import read_metrics
 
+ROOT = Path(__file__).parents[2]
 RLVR = [sys.executable, "-m", "rlvr"]
 SMALL = [
     "trainer.steps=2",
@@ -24,6 +29,13 @@ SMALL = [
     "boundary.n=2",
     "boundary.problems=4",
 ]
+
+
+def python_block(page: Path) -> str:
+    """The first Python block of a page."""
+    found = re.search(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert found is not None
+    return found[1]
 
 
 def test_gsm8k_end_to_end(shared_data: Path, tmp_path: Path) -> None:
@@ -106,34 +118,49 @@ def test_torchrun_one_process_works_and_two_are_refused(tiny_model: str, tmp_pat
 
 
 def test_own_algorithm_reward_and_task_from_the_current_folder(tiny_model: str, tmp_path: Path) -> None:
-    """One file beside the run, named by dotted paths: nothing of the package is edited."""
+    """Files beside the run, named by dotted paths: nothing of the package is edited. The algorithm is the README's."""
+    (tmp_path / "my_algo.py").write_text(python_block(ROOT / "README.md"))
     (tmp_path / "mine.py").write_text(OWN_MODULE)
-    own = ["algo=custom", "algo._target_=mine.MedianBaseline", "algo.scale=0.5", "reward=custom", "reward._target_=mine.Short"]
+    own = [
+        "algo=custom",
+        "algo._target_=my_algo.MedianBaseline",
+        "algo.scale=0.5",
+        "reward=custom",
+        "reward._target_=mine.Short",
+    ]
     task = ["task=custom", "task._target_=mine.Digits"]
     words = [*RLVR, "train", "experiment=quickstart", f"model.path={tiny_model}", "run_dir=run", *SMALL, *own, *task]
     subprocess.run(words, check=True, capture_output=True, cwd=tmp_path)
     record = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert record["algo"]["_target_"] == "mine.MedianBaseline" and record["algo"]["scale"] == 0.5
+    assert record["algo"]["_target_"] == "my_algo.MedianBaseline" and record["algo"]["scale"] == 0.5
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 2
 
 
-OWN_MODULE = '''
+def test_the_two_pages_show_the_same_algorithm() -> None:
+    assert python_block(ROOT / "README.md") == python_block(ROOT / "docs" / "extending.md").replace(
+        "# my_algo.py\n", "# my_algo.py, in the folder you start from\n"
+    )
+
+
+def test_commands_of_the_readme_compose() -> None:
+    """Every ``rlvr train`` line of the README names real settings."""
+    lines = re.findall(r"^rlvr train (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(lines) >= 6
+    for line in lines:
+        settings = compose("train", line.split())
+        if "algo=custom" not in line:
+            assert from_mapping(RunConfig, settings).run_dir.startswith("runs/")
+
+
+def test_metrics_page_is_the_table() -> None:
+    code = "import write_metrics_page as w; assert w.PAGE.read_text() == w.page(), 'run scripts/write_metrics_page.py'"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT / "scripts", env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+OWN_MODULE = """
 from dataclasses import dataclass
-from torch import Tensor
-from rlvr import maths
-from rlvr.algos import Algorithm
 from rlvr.rewards.countdown import CountdownReward
-from rlvr.types import Batch, Prompt, Verdict
-
-@dataclass(frozen=True, kw_only=True)
-class MedianBaseline(Algorithm):
-    """A[i] = scale * (r[i] - median(r over i's group)), the same for every response token."""
-
-    scale: float = 1.0
-
-    def advantages(self, batch: Batch) -> Tensor:  # [B, T]
-        centred = batch.rewards - maths.group_median(batch.rewards, batch.groups)  # [B]
-        return self.scale * centred[:, None] * batch.response_mask
+from rlvr.types import Prompt, Verdict
 
 @dataclass(frozen=True)
 class Short:
@@ -153,4 +180,4 @@ class Digits:
 
     def reward(self):
         return CountdownReward()
-'''
+"""

@@ -214,7 +214,7 @@ def parse(text: str) -> tuple[tuple[int, ...], int]:
 
 def test_traces_are_true_and_leave_out_the_test_problems() -> None:
     held_out = {problem_key(problem) for problem in problem_sets(TASK)["test"]}
-    pairs = list(islice(CountdownTraces(TASK), 3000))
+    pairs = list(islice(CountdownTraces(TASK, unfinished_share=0.0), 3000))
     for text, response in pairs:
         numbers, target = parse(text)
         assert prompt_text((numbers, target)) == text
@@ -224,7 +224,7 @@ def test_traces_are_true_and_leave_out_the_test_problems() -> None:
 
 
 def test_share_of_four_number_traces_whatever_is_held_out() -> None:
-    pairs = list(islice(CountdownTraces(TASK), 3000))
+    pairs = list(islice(CountdownTraces(TASK, four_number_share=0.5), 3000))
     assert 1390 < sum(len(parse(text)[0]) == 4 for text, _ in pairs) < 1610  # half of 3000, four standard deviations
 
 
@@ -232,7 +232,8 @@ def test_share_of_four_number_traces_whatever_is_held_out() -> None:
 def test_share_of_hits(three: float, four: float) -> None:
     """The stated share, and on top of it the misses that reach their target by chance (a tenth of them at most)."""
     hits: dict[int, list[bool]] = {3: [], 4: []}
-    for text, response in islice(CountdownTraces(TASK, hit_share_three=three, hit_share_four=four), 3000):
+    settings = {"hit_share_three": three, "hit_share_four": four, "unfinished_share": 0.0}
+    for text, response in islice(CountdownTraces(TASK, **settings), 3000):
         numbers, target = parse(text)
         hits[len(numbers)].append(verify(response, {"numbers": numbers, "target": target}).correct)
     for size, share in ((3, three), (4, four)):
@@ -245,3 +246,22 @@ def test_traces_repeat_with_their_seed() -> None:
     first = list(islice(traces, 50))
     assert list(islice(traces, 50)) == first
     assert list(islice(CountdownTraces(TASK, seed=4), 50)) != first
+
+
+def test_share_of_unfinished_traces() -> None:
+    """They are true as far as they go, stop before every number is used, and are never right."""
+    finished = 0
+    for text, response in islice(CountdownTraces(TASK, unfinished_share=0.4), 3000):
+        numbers, target = parse(text)
+        verdict = verify(response, {"numbers": numbers, "target": target})
+        steps = response.count(",") + 1
+        finished += steps == len(numbers) - 1
+        assert verdict.status == "graded" and (not verdict.correct or steps == len(numbers) - 1)
+    assert 1690 < finished < 1910  # 60 % of 3000, four standard deviations
+
+
+def test_most_traces_of_the_base_miss_their_target() -> None:
+    pairs = list(islice(CountdownTraces(CountdownTask()), 3000))
+    golds = [parse(text) for text, _ in pairs]
+    hits = sum(verify(r, {"numbers": n, "target": t}).correct for (_, r), (n, t) in zip(pairs, golds, strict=True))
+    assert hits < 1200

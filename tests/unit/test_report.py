@@ -74,7 +74,7 @@ def _write_boundary(folder: Path) -> None:
 
 def _write_run(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text("seed: 7\nalgorithm: {_target_: rlvr.algos.GRPO}\nmodel: {path: tiny/model}\n")
+    (folder / "config.yaml").write_text("seed: 7\nalgo: {_target_: rlvr.algos.GRPO}\nmodel: {path: tiny/model}\n")
     (folder / "environment.json").write_text(json.dumps({"git_commit": "abcdef0123456789", "hardware": {"gpu": "x"}}))
     rows = [{"step": i, "reward/mean": 0.1 * i, "correct/mean": 0.1 * i, "policy/grad_norm": float("nan")} for i in (1, 2)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "rew')

@@ -41,7 +41,7 @@ MICRO_BATCHES = [[0], [1, 2], [3], [4, 5]]  # rank 0: A1 | A2, A3; rank 1: B1 | 
 def test_accumulation(mode: str, correct: float, wrong: float) -> None:
     """Weights of the whole step give the global value from any split; weights of each micro-batch alone do not."""
     losses = token_losses(GRPO())
-    weights = maths.token_weights(mask(), mode)
+    weights = maths.token_weights(mask(), mode, dtype=losses.dtype)
     parts = [float((losses[rows] * weights[rows]).sum().detach()) for rows in MICRO_BATCHES]
     assert sum(parts) == pytest.approx(correct, abs=WEIGHTED_ATOL)
     assert sum(aggregate(losses, mode, rows) for rows in MICRO_BATCHES) / 4 == pytest.approx(wrong, abs=WEIGHTED_ATOL)

@@ -94,7 +94,7 @@ def example_logprobs(dtype: torch.dtype = torch.float64) -> Tensor:
 
 def close(got: Tensor | float, wanted: Tensor | list[float] | float, atol: float) -> None:
     torch.testing.assert_close(
-        torch.as_tensor(got).detach().double(), torch.as_tensor(wanted, dtype=torch.float64), rtol=0, atol=atol
+        torch.as_tensor(got, dtype=torch.float64).detach(), torch.as_tensor(wanted, dtype=torch.float64), rtol=0, atol=atol
     )
 
 
