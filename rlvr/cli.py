@@ -108,7 +108,7 @@ def train(arguments: list[str]) -> None:
     if {"model.path", "model.make"} & {word.partition("=")[0] for word in arguments} == {"model.path"}:
         settings["model"]["make"] = None  # the recipe knows how to make its own model, not one that the user names
     config = _read("RunConfig", settings)
-    _make_base(config.model)
+    _make_base(config.model, _config_dirs(arguments))
     from rlvr import runs
     from rlvr.trainer import Trainer
 
@@ -154,6 +154,16 @@ def _compose(primary: str, arguments: list[str]) -> dict[str, Any]:
     return compose(primary, overrides, config_dirs)
 
 
+def _config_dirs(arguments: list[str]) -> list[str]:
+    """The ``--config-dir`` options of a command line, to hand on."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    return [
+        f"--config-dir={after if word == '--config-dir' else word.partition('=')[2]}"
+        for word, after in pairs
+        if word.partition("=")[0] == "--config-dir"
+    ]
+
+
 def _read(schema: str, settings: dict[str, Any]) -> Any:
     from rlvr import config
     from rlvr.build import from_mapping
@@ -168,7 +178,7 @@ def _run_sft(settings: dict[str, Any]) -> Path:
     return run_sft(config)
 
 
-def _make_base(model: Any) -> None:
+def _make_base(model: Any, config_dirs: list[str]) -> None:
     """Make the starting model with ``rlvr sft`` when the settings say how and it is not there yet."""
     if model.make is None or model.path is None:
         return
@@ -178,7 +188,7 @@ def _make_base(model: Any) -> None:
         resolve_path(model.path)
     except InputError:
         print(f"{model.path} is not there yet; making it with: rlvr sft experiment={model.make} run_dir={model.path}")
-        _run_sft(_compose("sft", [f"experiment={model.make}", f"run_dir={model.path}"]))
+        _run_sft(_compose("sft", [f"experiment={model.make}", f"run_dir={model.path}", *config_dirs]))
 
 
 def _summary(run_dir: Path) -> str:

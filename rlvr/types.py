@@ -190,9 +190,9 @@ class Batch:
         return replace(self, **{name: value[rows] for name, value in picked.items() if value is not None})
 
     def trim(self) -> Batch:
-        """Drop the columns at the right in which no row has a response token (at least one column stays)."""
+        """Drop the columns at the right in which no row has a response token (two columns stay: a prompt and a next token)."""
         used = self.response_mask.any(0).nonzero()
-        width = int(used[-1]) + 1 if len(used) else 1
+        width = max(int(used[-1]) + 1, 2) if len(used) else 2
         wide = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: v[:, :width] for name, v in wide.items() if v is not None and v.ndim == 2})
 

@@ -178,8 +178,8 @@ def test_select_and_trim() -> None:
     torch.testing.assert_close(short.rollout_logprobs, torch.tensor([[0, -0.3, -0.31], [0, -0.4, 0]]))
 
 
-def test_trim_keeps_a_column_when_no_row_has_a_token() -> None:
-    assert pad_rows([((11, 12), ()), ((13,), ())], 0).trim().tokens.tolist() == [[11], [13]]
+def test_trim_keeps_two_columns_when_no_row_has_a_token() -> None:
+    assert pad_rows([((11, 12), ()), ((13,), ())], 0).trim().tokens.tolist() == [[11, 12], [13, 0]]
 
 
 # ---- minibatches and micro-batches ------------------------------------------------------------------------------------
