@@ -74,6 +74,8 @@ class TransformersEngine:
         self._stop = tuple(stop_token_ids)
         self._model = load_policy(path, self.dtype).to(pick_device(self.device)).eval()
         self._model.requires_grad_(False)
+        # The folder's own generation settings (a repetition penalty, say) would bend what Sampling asks for.
+        self._model.generation_config = GenerationConfig()
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:

@@ -87,7 +87,7 @@ def test_exact_solve_probability_matches_direct_enumeration(tiny_model: str) -> 
             tokens = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
             logits = model(torch.tensor([[*question, *tokens]])).logits[0].double()
             steps = [torch.log_softmax(logits[len(question) - 1 + i], -1)[token] for i, token in enumerate(tokens)]
-            total += float(torch.stack(steps).sum().exp())
+            total += torch.stack(steps).sum().exp().item()
         expected.append(total)
     assert np.allclose(solve_probabilities(model, tokenizer, TASK, prompts), expected, rtol=1e-4, atol=0)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import torch
 from scipy import stats
+from transformers import GenerationConfig
 
 from rlvr.model import encode_prompt, load_policy, load_tokenizer, token_logprobs
 from rlvr.rollout import Engine
@@ -47,6 +51,14 @@ def test_logprobs_are_the_trainers_at_any_temperature(tiny_model: str) -> None:
         drawn = engine.generate(asked, Sampling(max_new_tokens=10, temperature=temperature))
         engines = torch.tensor([value for group in drawn for c in group for value in c.logprobs])
         torch.testing.assert_close(engines, trainer_logprobs(tiny_model, asked, drawn, temperature), atol=2e-5, rtol=0)
+
+
+def test_generation_settings_of_the_folder_do_not_bend_the_sampling(tiny_model: str, tmp_path: Path) -> None:
+    folder = str(shutil.copytree(tiny_model, tmp_path / "penalised"))
+    GenerationConfig(repetition_penalty=2.0, top_k=2, do_sample=True).save_pretrained(folder)
+    asked, sampling = requests(tiny_model, per_prompt=4), Sampling(max_new_tokens=8)
+    plain, penalised = (ready_engine(path).generate(asked, sampling) for path in (tiny_model, folder))
+    assert plain == penalised
 
 
 def test_a_response_depends_on_its_own_seed_alone(tiny_model: str) -> None:

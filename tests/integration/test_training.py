@@ -285,6 +285,40 @@ def test_adaptive_kl_moves_and_survives_a_resume(run_config: MakeConfig) -> None
     assert Trainer(run_config(**parts)).algorithm.kl_coef == trainer.algorithm.kl_coef
 
 
+def test_reference_is_reset_on_schedule(run_config: MakeConfig) -> None:
+    settings = TrainerSettings(steps=4, prompts_per_step=4, responses_per_prompt=4, reset_reference_every=2)
+    trainer = Trainer(run_config(algo=GRPO(kl_coef=0.1), trainer=settings, reward=LengthReward()))
+    assert trainer.reference is not None
+
+    def distance() -> float:
+        reference = dict(trainer.reference.named_parameters()) if trainer.reference else {}
+        ours = dict(trainer.policy.weights())
+        return sum(float((ours[name] - tensor).abs().sum()) for name, tensor in reference.items())
+
+    distances = []
+    for _ in range(3):
+        trainer.step()
+        distances.append(distance())
+    assert distances[0] > 0 and distances[1] == 0 and distances[2] > 0
+
+
+def test_entropy_bonus_raises_entropy(run_config: MakeConfig, tmp_path: Path) -> None:
+    from rlvr.backend import OptimizerSettings
+
+    last = {}
+    for bonus in (-1.0, 1.0):
+        settings = TrainerSettings(steps=20, prompts_per_step=4, responses_per_prompt=4, checkpoint_every=20)
+        config = run_config(
+            run_dir=str(tmp_path / str(bonus)),
+            trainer=settings,
+            algo=GRPO(c_ent=bonus),
+            reward=LengthReward(),
+            optimizer=OptimizerSettings(lr=1e-2),
+        )
+        last[bonus] = numbers(str(trained(config)))[-1]["policy/entropy_nats"]
+    assert last[1.0] > last[-1.0] + 0.2
+
+
 def test_other_settings_in_the_same_folder_are_refused(run_config: MakeConfig) -> None:
     config = run_config()
     Trainer(config).step()
