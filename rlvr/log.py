@@ -53,6 +53,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "critic/*": ("", "value loss, clip fraction, explained variance 1 - var(R - V) / var(R), return mean and std"),
     "mismatch/*": ("", "engine against trainer log-probs of the same weights, see maths.mismatch_metrics"),
     "data/epoch": ("epochs", "share of the training set seen"),
+    "time/save_s": ("seconds", "wall time of writing rollouts and checkpoint after the step before"),
     "time/*_s": ("seconds", "wall time of each arrow of the step"),
     "perf/*_tokens_per_s": ("tokens/s", "response tokens over the wall time of generation, or of the whole step"),
     "memory/peak_gib": ("GiB", "highest device memory so far"),

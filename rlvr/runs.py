@@ -44,7 +44,7 @@ def check(run_dir: str, config: Any) -> RunFolder:
     if (
         not (folder / "config.yaml").is_file()
         and folder.is_dir()
-        and any(path for path in folder.iterdir() if not path.name.startswith("."))
+        and any(path.name != "base" and not path.name.startswith(".") for path in folder.iterdir())
     ):
         raise InputError(
             f"run_dir: {folder} is not empty and holds no config.yaml, so it is not a run of ours; nothing was changed. Give "

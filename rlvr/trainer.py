@@ -63,6 +63,7 @@ class Trainer:
             config.seed,
         )
         runs.start(self.folder, config)
+        self._save_s = 0.0
         self.log = MetricsLog(self.folder, self.step_number, config.wandb, to_mapping(config))
 
     def run(self) -> None:
@@ -70,6 +71,7 @@ class Trainer:
         self.train()
         self.close()
         evaluate_run(self.config, self.base_path)
+        self.config.engine.close()
 
     def train(self) -> None:
         """Train to ``trainer.steps``. Ctrl-C finishes the step, saves and raises KeyboardInterrupt; again, it stops at once."""
@@ -86,7 +88,7 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One rollout batch and all its updates; logs and saves when due. Returns the step's metrics."""
         config, started = self.config, time.perf_counter()
-        spent: dict[str, float] = {}
+        spent = {"time/save_s": self._save_s}
         data = self.collector.collect(self.algorithm, self.step_number)
         self._refuse_crashes(data)
         pad = self.tokenizer.pad_token_id
@@ -98,14 +100,16 @@ class Trainer:
         timed(spent, "time/sync_s", lambda: config.engine.update_weights(self.policy.weights()))
         metrics |= rollout_metrics(data, batch, advantages, config.trainer.responses_per_prompt)
         metrics["data/epoch"] = self.stream.epoch
-        timed(spent, "time/save_s", lambda: self._save_when_due(data))
         metrics |= data.timings_s | spent
         metrics["time/step_s"] = time.perf_counter() - started
         metrics["perf/rollout_tokens_per_s"] = metrics["rollout/tokens"] / metrics["time/generate_s"]
         metrics["perf/step_tokens_per_s"] = metrics["rollout/tokens"] / metrics["time/step_s"]
         if self.device.type == "cuda":
             metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self.log.write(self.step_number, metrics)
+        self.log.write(self.step_number, metrics)  # before the checkpoint: a resumed run repeats lines, it cannot invent them
+        saving = time.perf_counter()
+        self._save_when_due(data)
+        self._save_s = time.perf_counter() - saving
         return metrics
 
     def save(self) -> None:
