@@ -90,6 +90,7 @@ class Trainer:
         config, started = self.config, time.perf_counter()
         spent = {"time/save_s": self._save_s}
         data = self.collector.collect(self.algorithm, self.step_number)
+        config.engine.sleep()
         self._refuse_crashes(data)
         pad = self.tokenizer.pad_token_id
         batch = timed(spent, "time/batch_s", lambda: make_batch(data, self.algorithm.plan, config.sampling, pad))
@@ -97,7 +98,7 @@ class Trainer:
         advantages = timed(spent, "time/advantages_s", lambda: self.algorithm.advantages(batch).detach())
         metrics = timed(spent, "time/update_s", lambda: self._update(batch, advantages))
         self.step_number += 1
-        timed(spent, "time/sync_s", lambda: config.engine.update_weights(self.policy.weights()))
+        timed(spent, "time/sync_s", self._sync_engine)
         metrics |= rollout_metrics(data, batch, advantages, config.trainer.responses_per_prompt)
         metrics["data/epoch"] = self.stream.epoch
         metrics |= data.timings_s | spent
@@ -176,6 +177,10 @@ class Trainer:
             )
         self._after_update(old, batch)
         return metrics | policy_metrics | mismatch
+
+    def _sync_engine(self) -> None:
+        self.config.engine.update_weights(self.policy.weights())
+        self.config.engine.wake()
 
     def _after_update(self, old_logprobs: torch.Tensor, batch: Batch) -> None:
         """State that moves between steps: the adaptive KL coefficient, and the reference when it is reset."""

@@ -27,9 +27,12 @@ class Engine(Protocol):
         drawn from, after temperature (for a greedy request: of the tempered distribution). The same weights, prompt and
         seed give the same response, whatever else is in the call, up to floating-point differences of batch shapes.
     ``update_weights(weights)``
-        Replace the weights by this stream of (Hugging Face parameter name, tensor), every parameter once.
+        Replace the weights by this stream of (Hugging Face parameter name, tensor), every parameter once, tied names
+        included. It comes while the engine sleeps: an engine that gave its weights back takes their memory first and
+        leaves the rest (a key-value cache) to ``wake``.
     ``sleep()``, ``wake()``
-        Give device memory back while the trainer works, and take it again. ``generate`` is only called awake.
+        Give device memory back while the trainer works, and take it again. ``generate`` is only called awake; ``load``
+        leaves the engine awake.
     ``close()``
         Free everything. The engine is not used afterwards.
     """

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rlvr.boundary import report
+from rlvr.boundary import report, report_browser, report_figures
 from rlvr.types import InputError
 
 HOSTILE = "</script><b>bold</b><!-- & \u2028 <img src=x onerror=alert(1)>"
@@ -168,13 +168,13 @@ def test_one_model_and_many_models(tmp_path: Path) -> None:
     page = report.write_report(tmp_path).read_text(encoding="utf-8")
     traces = _data(page)["figures"][0]["traces"]
     shown = [t["name"] for t in traces if "name" in t and t["visible"] is True]
-    assert len(shown) <= report.MAX_CURVES and {"step_000000", "step_000019"} <= set(shown)
+    assert len(shown) <= report_figures.MAX_CURVES and {"step_000000", "step_000019"} <= set(shown)
     assert "no paired comparison" in page
 
 
 def test_long_text_keeps_its_end(tmp_path: Path) -> None:
     long = "a" * 3000 + "b" * 3000 + " the answer"
-    short = report._shortened(long)
+    short = report_browser._shortened(long)
     assert short.endswith(" the answer") and short.startswith("aaa") and "2,011 characters left out" in short
 
 
