@@ -20,7 +20,6 @@ METRICS = {  # in order of preference, with the title of the chart
     "mismatch/abs_diff_max": "engine and trainer log-probs, largest difference (nats)",
     "time/step_s": "time per step (s)",
 }
-# A samples file has long token lists: the problem is read off the start of a line, and most lines need no parsing.
 
 
 def _figure(name: str, traces: list[Json], x: Json, y: str, height: int, legend: bool = True) -> Json:

@@ -16,6 +16,7 @@ from rlvr.types import InputError
 Json = dict[str, Any]
 
 MAX_RESPONSES = 6  # in the browser, per problem
+# A samples file has long token lists: the problem is read off the start of a line, and most lines need no parsing.
 PROBLEM_FIRST = re.compile(rb'\s*\{\s*"problem"\s*:\s*("(?:[^"\\]|\\.)*")')
 
 
