@@ -34,9 +34,9 @@ class MathReward:
 
     def __post_init__(self) -> None:
         if not self.timeout_s > 0:
-            raise InputError(f"reward.timeout_s: got {self.timeout_s}, expected above 0")
+            raise InputError(f"timeout_s: got {self.timeout_s}, expected above 0")
         if self.workers < 1:
-            raise InputError(f"reward.workers: got {self.workers}, expected at least 1")
+            raise InputError(f"workers: got {self.workers}, expected at least 1")
 
     def judge(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Verdict]:
         """One verdict per rollout, in order; all symbolic comparisons are in flight together."""

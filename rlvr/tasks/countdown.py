@@ -112,11 +112,11 @@ class CountdownTask:
 
     def __post_init__(self) -> None:
         if self.train_problems < 1 or self.test_problems < 1:
-            raise InputError("task.train_problems and task.test_problems: expected at least 1 of each")
+            raise InputError("train_problems and test_problems: expected at least 1 of each")
         if not 0 <= self.four_number_share <= 1:
-            raise InputError(f"task.four_number_share: got {self.four_number_share}, expected a value in [0, 1]")
+            raise InputError(f"four_number_share: got {self.four_number_share}, expected a value in [0, 1]")
         if self.max_number < 2 or self.max_target < 1:
-            raise InputError("task.max_number: expected at least 2; task.max_target: expected at least 1")
+            raise InputError("max_number: expected at least 2; max_target: expected at least 1")
 
     @property
     def name(self) -> str:

@@ -53,6 +53,7 @@ class DatasetTask:
             raise InputError(f"name: got {self.name!r}, expected letters, digits, dot, dash and underscore only")
         if self.limit is not None and self.limit < 1:
             raise InputError(f"limit: got {self.limit}, expected at least 1")
+        self.reward()  # checks its own settings
 
     def prompts(self, split: str) -> list[Prompt]:
         sources = {"train": self.train, "test": self.test}
