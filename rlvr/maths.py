@@ -97,6 +97,12 @@ def group_mean(values: Tensor, groups: Tensor) -> Tensor:
     return (total / size)[index].to(values.dtype)
 
 
+def group_size(groups: Tensor) -> Tensor:
+    """Rows in each row's group: ``[B] int64``."""
+    _, index, counts = torch.unique(groups, return_inverse=True, return_counts=True)
+    return counts[index]
+
+
 def group_std(values: Tensor, groups: Tensor, ddof: int) -> Tensor:
     """Standard deviation of each row's group (``n - ddof`` in the denominator), copied to the rows: ``[B]``."""
     index, count = _group_index(groups)
@@ -123,6 +129,57 @@ def flat_groups(values: Tensor, groups: Tensor) -> Tensor:
     largest = empty.scatter_reduce(0, index, values, "amax", include_self=False)
     smallest = empty.scatter_reduce(0, index, values, "amin", include_self=False)
     return (largest == smallest)[index]
+
+
+# ---- rewards to advantages --------------------------------------------------------------------------------------------
+
+
+def token_rewards(scores: Tensor, mask: Tensor) -> Tensor:
+    """Each row's score on its last response token, 0 elsewhere: ``[B], [B, T] -> [B, T]``."""
+    is_last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+    return where_mask(scores[:, None].expand(mask.shape), is_last)
+
+
+def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
+    """Discounted sum of each row's rewards from a token on, over its masked-in tokens only: ``[B, T]``.
+
+    A token outside the mask neither resets nor discounts.
+    """
+    running = torch.zeros_like(rewards[:, 0])
+    columns = []
+    for t in range(mask.shape[1] - 1, -1, -1):
+        running = torch.where(mask[:, t], rewards[:, t] + gamma * running, running)
+        columns.append(running)
+    return where_mask(torch.stack(columns[::-1], 1), mask)
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, final_values: Tensor | None = None) -> Tensor:
+    """Generalised advantage estimates over each row's masked-in tokens: ``[B, T]``.
+
+    ``delta_t = r_t + gamma V_{t+1} - V_t``, ``A_t = delta_t + gamma lam A_{t+1}``; after the last token V is
+    ``final_values [B]``, or 0. Source: Schulman et al. (arXiv 1506.02438), eq. 16.
+    """
+    advantage = torch.zeros_like(rewards[:, 0])
+    next_value = torch.zeros_like(advantage) if final_values is None else final_values
+    columns = []
+    for t in range(mask.shape[1] - 1, -1, -1):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = torch.where(mask[:, t], delta + gamma * lam * advantage, advantage)
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        columns.append(advantage)
+    return where_mask(torch.stack(columns[::-1], 1), mask)
+
+
+def whiten(values: Tensor, mask: Tensor, ddof: int = 1, eps: float = 1e-8) -> Tensor:
+    """``(x - mean) / sqrt(var + eps)`` over all True positions together, moments in float64; 0 elsewhere.
+
+    Fewer than two positions have no variance: the result is then 0.
+    """
+    chosen = values[mask].double()
+    if len(chosen) < 2:
+        return torch.zeros_like(values)
+    scale = (chosen.var(correction=ddof) + eps).rsqrt()
+    return where_mask(((values.double() - chosen.mean()) * scale).to(values.dtype), mask)
 
 
 # ---- policy loss ------------------------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from rlvr import maths
 from rlvr.types import Batch, InputError, SamplingPlan
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
-        raise InputError(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
+        raise InputError(f"{name}: got {value!r}, expected one of {', '.join(map(str, choices))}")
 
 
 def check_range(name: str, value: float | None, expected: str, good: bool) -> None:
@@ -156,6 +156,22 @@ class Algorithm:
         if self.kl_is_correction:
             kl = kl * maths.log_ratio(logprobs, batch.old_logprobs, mask).exp()
         return kl
+
+    def reward_kl(self, batch: Batch) -> Tensor:
+        """k1 of the log-probs at the start of the step against the reference, as charged to rewards: ``[B, T]``."""
+        assert batch.old_logprobs is not None and batch.ref_logprobs is not None
+        return maths.where_mask(maths.kl_per_token(batch.old_logprobs, batch.ref_logprobs, "k1"), batch.response_mask)
+
+    def scores_less_kl(self, batch: Batch) -> Tensor:
+        """Rewards, less the row's summed KL where it is charged to the reward: ``[B]``."""
+        if not self.needs_old_logprobs:
+            return batch.rewards
+        return batch.rewards - self.kl_coef * self.reward_kl(batch).sum(-1)
+
+    def shaped_rewards(self, batch: Batch) -> Tensor:
+        """The score on the last token, less each token's KL where it is charged to the reward: ``[B, T]``."""
+        rewards = maths.token_rewards(batch.rewards, batch.response_mask)
+        return rewards - self.kl_coef * self.reward_kl(batch) if self.needs_old_logprobs else rewards
 
     def value_targets(self, batch: Batch) -> Tensor:
         """Returns the critic is fitted to: ``[B, T]``, detached. With a critic only."""

@@ -47,7 +47,7 @@ class GRPO(Algorithm):
         check_range("adv_eps", self.adv_eps, "0 or more", self.adv_eps >= 0)
 
     def advantages(self, batch: Batch) -> Tensor:  # [B, T]
-        scores = self.scores(batch)  # [B]
+        scores = self.scores_less_kl(batch)  # [B]
         advantage = scores - maths.group_mean(scores, batch.groups)
         if self.adv_scale == "group":
             advantage = advantage / (maths.group_std(scores, batch.groups, self.adv_std_ddof) + self.adv_eps)
@@ -55,11 +55,3 @@ class GRPO(Algorithm):
             advantage = advantage / (scores.std(correction=self.adv_std_ddof) + self.adv_eps)
         advantage = advantage.masked_fill(maths.flat_groups(scores, batch.groups), 0.0)
         return maths.where_mask(advantage[:, None].expand(batch.tokens.shape), batch.response_mask)
-
-    def scores(self, batch: Batch) -> Tensor:  # [B]
-        """Rewards, less the row's KL where it is charged to the reward."""
-        if not self.needs_old_logprobs:
-            return batch.rewards
-        assert batch.old_logprobs is not None and batch.ref_logprobs is not None
-        kl = maths.kl_per_token(batch.old_logprobs, batch.ref_logprobs, "k1")
-        return batch.rewards - self.kl_coef * maths.row_sum(kl, batch.response_mask)

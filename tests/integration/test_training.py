@@ -11,12 +11,15 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlvr import checkpoint, maths
 from rlvr.algos import Algorithm
 from rlvr.algos.grpo import GRPO
+from rlvr.build import build
+from rlvr.compose import recipes_dir
 from rlvr.config import CriticSettings, RunConfig, TrainerSettings, WandbSettings
 from rlvr.log import METRICS, read_metrics
 from rlvr.rewards.random import RandomReward
@@ -239,6 +242,32 @@ def test_greedy_rows_are_scored_and_never_trained_on(run_config: MakeConfig) -> 
     assert "rollout/greedy_score_mean" in metrics
 
 
+ALGORITHMS = ("ppo", "grpo", "dr_grpo", "reinforce_pp", "reinforce_pp_baseline", "rloo", "remax", "dapo")
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_trains_with_four_updates_per_rollout(run_config: MakeConfig, name: str) -> None:
+    """Through the same trainer, with a KL term and off-policy updates: finite numbers, weights that move."""
+    node = yaml.safe_load((recipes_dir() / "algo" / f"{name}.yaml").read_text()) | {"kl_coef": 0.01}
+    problems: list[str] = []
+    algo = build(Algorithm, node, "algo", problems)
+    settings = TrainerSettings(steps=2, prompts_per_step=4, responses_per_prompt=4, minibatch_prompts=1)
+    trainer = Trainer(run_config(algo=algo, trainer=settings, reward=LengthReward()))
+    before = {name: tensor.clone() for name, tensor in trainer.policy.weights()}
+    metrics = trainer.step() | trainer.step()
+    assert problems == []
+    assert all(value == value and abs(value) < 1e6 for value in metrics.values())
+    assert metrics["policy/updates"] == 4
+    assert metrics["policy/grad_norm"] > 0
+    assert any(not torch.equal(before[name], tensor) for name, tensor in trainer.policy.weights())
+    assert ("critic/explained_variance" in metrics) == algo.needs_critic
+    assert ("rollout/greedy_score_mean" in metrics) == algo.needs_greedy
+
+
+def test_every_algorithm_recipe_is_trained_above() -> None:
+    assert {path.stem for path in (recipes_dir() / "algo").glob("*.yaml")} == {*ALGORITHMS, "custom"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ValueBaseline(Algorithm):
     """A = return - value, to exercise a declared critic."""
@@ -293,7 +322,7 @@ def test_reference_is_reset_on_schedule(run_config: MakeConfig) -> None:
     def distance() -> float:
         reference = dict(trainer.reference.named_parameters()) if trainer.reference else {}
         ours = dict(trainer.policy.weights())
-        return sum(float((ours[name] - tensor).abs().sum()) for name, tensor in reference.items())
+        return sum((ours[name] - tensor).abs().sum().item() for name, tensor in reference.items())
 
     distances = []
     for _ in range(3):

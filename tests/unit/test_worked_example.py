@@ -176,7 +176,7 @@ def test_kl_in_the_reward_against_a_slow_loop() -> None:
         deviation = math.sqrt(sum((score - mean) ** 2 for score in group) / 2)
         wanted += [(score - mean) / (deviation + 1e-6) for score in group]
     algorithm = GRPO(kl_coef=0.1, kl_placement="reward")
-    close(algorithm.scores(example_batch()), charged, 1e-9)
+    close(algorithm.scores_less_kl(example_batch()), charged, 1e-9)
     close(algorithm.advantages(example_batch())[mask()], place_per_row(wanted)[mask()], 1e-9)
 
 
