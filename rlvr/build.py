@@ -111,7 +111,7 @@ def build(base: type, node: Any, key: str, problems: list[str]) -> Any:
     target = node.get("_target_") if isinstance(node, Mapping) else None
     if not isinstance(target, str) or not re.fullmatch(r"\w+(\.\w+)+", target):
         problems.append(
-            f"{key}._target_: got {target!r}, expected the dotted path of a {base.__name__}, as in my_module.MyClass"
+            f"{key}._target_: got {target!r}, expected the dotted path of a class ({base.__name__}), as in my_module.MyClass"
         )
         return None
     module_name, _, class_name = target.rpartition(".")

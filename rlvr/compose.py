@@ -61,7 +61,10 @@ def compose(primary: str, overrides: Sequence[str], config_dirs: Sequence[str] =
             config = hydra_compose(primary, adjusted)
         settings = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(f"cannot compose the settings: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        if "No match in the defaults list" in reason:
+            reason += f" Is the experiment made for another verb than rlvr {primary}?"
+        raise InputError(f"cannot compose the settings: {reason}") from error
     assert isinstance(settings, dict)
     chosen = [str(override.value()) for override in parsed if override.key_or_group == "experiment"]
     experiment = chosen[-1] if chosen else None

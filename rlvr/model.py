@@ -90,7 +90,7 @@ def make_tiny(tiny: TinyModel, folder: Path, seed: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def resolve_path(path: str) -> str:
+def resolve_path(path: str, key: str = "model.path") -> str:
     """A model folder as given, the newest checkpoint of a run folder, or a hub id.
 
     Raises InputError for something that looks like a folder and holds no model.
@@ -105,7 +105,7 @@ def resolve_path(path: str) -> str:
     if looks_local:
         found = "a folder without config.json" if folder.is_dir() else "nothing there"
         raise InputError(
-            f"model.path: got {path!r} ({found}), expected a Hugging Face model folder, a run folder with a checkpoint, "
+            f"{key}: got {path!r} ({found}), expected a Hugging Face model folder, a run folder with a checkpoint, "
             "or a hub id such as Qwen/Qwen2.5-0.5B"
         )
     return path

@@ -186,7 +186,7 @@ def evaluate_run(config: RunConfig, base_path: str) -> None:
 
 def evaluate_paths(config: BoundaryConfig) -> None:
     """The evaluation of ``rlvr boundary``: any folders and hub ids, named by their last path part."""
-    paths = [resolve_path(path) for path in config.models]
+    paths = [resolve_path(path, "models") for path in config.models]
     names = unique_names(paths)
     steps = [int(name.removeprefix("step_")) if name.startswith("step_") else 0 for name in (Path(p).name for p in paths)]
     models = [EvaluatedModel(*fields) for fields in zip(names, paths, steps, strict=True)]

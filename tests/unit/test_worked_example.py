@@ -1,4 +1,4 @@
-"""Every number of the specification's worked example (algorithms.md, sections 12.1 to 12.5) that the code covers."""
+"""Every number of the specification's worked example that the code covers."""
 
 from __future__ import annotations
 

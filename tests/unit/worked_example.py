@@ -1,4 +1,4 @@
-"""The batch of the specification's worked example (algorithms.md, section 12): two prompts, three responses each.
+"""The batch of the specification's worked example: two prompts, three responses each.
 
 Numbers are typed from the table. Prompts have different lengths, so that the mask is ragged on both sides, and every
 position outside the mask holds NaN.
