@@ -152,7 +152,7 @@ def cross_field_problems(config: RunConfig) -> Iterator[str]:
     if config.model.path is None and config.model.tiny is None:
         yield "model.path: not given; expected a Hugging Face folder, a run folder or a hub id (or model=tiny)"
     if config.model.path is not None and config.model.tiny is not None:
-        yield f"model.path: got {config.model.path!r} together with model.tiny; take one back (model.path=null or model.tiny=null)"
+        yield f"model.path: got {config.model.path!r} together with model.tiny; set model.path=null or model.tiny=null"
     if algo.plan.overlong_buffer_tokens > config.sampling.max_new_tokens:
         yield (
             f"algo.plan.overlong_buffer_tokens: got {algo.plan.overlong_buffer_tokens}, expected at most "

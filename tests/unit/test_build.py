@@ -203,9 +203,9 @@ def test_settings_of_a_component(algo: dict[str, Any], message: str) -> None:
         ("algo", "rlvr.algos.nothing.X", "there is no module 'rlvr.algos.nothing'"),
         ("algo", "rlvr.algos.grpo.GRPPO", "rlvr.algos.grpo has no GRPPO; did you mean rlvr.algos.grpo.GRPO?"),
         ("algo", "rlvr.algos.grpo.Zebra", "but rlvr.algos.grpo has no Zebra"),
-        ("algo", "GRPO", "got 'GRPO', expected the dotted path of a Algorithm"),
-        ("algo", None, "got None, expected the dotted path of a Algorithm"),
-        ("algo", "???", "got '???', expected the dotted path of a Algorithm"),
+        ("algo", "GRPO", "got 'GRPO', expected the dotted path of a class (Algorithm)"),
+        ("algo", None, "got None, expected the dotted path of a class (Algorithm)"),
+        ("algo", "???", "got '???', expected the dotted path of a class (Algorithm)"),
         ("algo", ".GRPO", "got '.GRPO'"),
         ("algo", "rlvr.algos.grpo.", "got 'rlvr.algos.grpo.'"),
         ("algo", f"{HERE}.NotADataclass", "NotADataclass is not a dataclass; put @dataclass above it"),
@@ -226,7 +226,7 @@ def test_target_is_refused(name: str, target: str | None, message: str) -> None:
 @pytest.mark.parametrize("algo", ["rlvr.algos.grpo.GRPO", 5, None, []])
 def test_component_that_is_no_mapping(algo: Any) -> None:
     (found,) = run_problems(algo=algo)
-    assert found.startswith("algo._target_: got None, expected the dotted path of a Algorithm")
+    assert found.startswith("algo._target_: got None, expected the dotted path of a class (Algorithm)")
 
 
 def test_problems_of_several_components_come_together() -> None:
