@@ -179,16 +179,15 @@ def _run_sft(settings: dict[str, Any]) -> Path:
 
 
 def _make_base(model: Any, config_dirs: list[str]) -> None:
-    """Make the starting model with ``rlvr sft`` when the settings say how and it is not there yet."""
+    """Make the starting model with ``rlvr sft`` when the settings say how.
+
+    A finished one is left as it is, an interrupted one is completed, one that was made by other settings is refused.
+    """
     if model.make is None or model.path is None:
         return
-    from rlvr.model import resolve_path
-
-    try:
-        resolve_path(model.path)
-    except InputError:
+    if not Path(model.path).exists():
         print(f"{model.path} is not there yet; making it with: rlvr sft experiment={model.make} run_dir={model.path}")
-        _run_sft(_compose("sft", [f"experiment={model.make}", f"run_dir={model.path}", *config_dirs]))
+    _run_sft(_compose("sft", [f"experiment={model.make}", f"run_dir={model.path}", *config_dirs]))
 
 
 def _summary(run_dir: Path) -> str:

@@ -73,7 +73,9 @@ def test_finished_run_is_not_overwritten_and_can_be_extended(
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
 
 
-def test_base_is_made_when_it_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_base_is_made_when_it_is_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A shortened pre-training, from an own recipe, called by the training run that needs it."""
     folder = tmp_path / "mine" / "experiment"
     folder.mkdir(parents=True)
@@ -84,6 +86,11 @@ def test_base_is_made_when_it_is_absent(tmp_path: Path, monkeypatch: pytest.Monk
     assert main([*words, *SMALL]) == 0
     assert (tmp_path / "runs/base/checkpoints/step_000002/model.safetensors").is_file()
     assert (tmp_path / "runs/quickstart/report.html").is_file()
+    other = yaml.safe_dump({**short, "optimizer": {"lr": 0.5}})
+    (folder / "short_base.yaml").write_text("# @package _global_\n" + other)
+    capsys.readouterr()
+    assert main([*words, *SMALL, "run_dir=runs/second"]) == 2  # the cached base is not what the recipe makes now
+    assert "runs/base belongs to a run with other settings" in capsys.readouterr().err
 
 
 @pytest.mark.slow
