@@ -137,16 +137,15 @@ class Trainer:
         budget, temperature = self.config.trainer.micro_batch_tokens, self.config.sampling.temperature
         if self.algorithm.needs_old_logprobs or self.config.trainer.updates_per_step > 1:
             module = self.policy.module
-            old = score_rows(batch, lambda part: token_logprobs(module, part, temperature)[0], budget)
+            old, _ = score_rows(batch, lambda part: token_logprobs(module, part, temperature), budget)
             batch = replace(batch, old_logprobs=old)
         if self.reference is not None:
             reference = self.reference
-            ref = score_rows(batch, lambda part: token_logprobs(reference, part, temperature)[0], budget)
+            ref, _ = score_rows(batch, lambda part: token_logprobs(reference, part, temperature), budget)
             batch = replace(batch, ref_logprobs=ref)
         if self.critic is not None:
             critic = self.critic.module
-            values = score_rows(batch, lambda part: token_values(critic, part)[0], budget)
-            final = score_rows(batch, lambda part: token_values(critic, part)[1], budget)
+            values, final = score_rows(batch, lambda part: token_values(critic, part), budget)
             batch = replace(batch, values=values, final_values=final)
         return batch
 

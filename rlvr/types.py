@@ -111,7 +111,7 @@ class Rollout:
     logprobs: tuple[float, ...]
     finish_reason: str
     text: str  # decoded response, without special tokens
-    policy_step: int  # optimizer steps' count of the weights that drew it (steps as in metrics.jsonl; 0: before training)
+    policy_step: int  # finished steps (as in metrics.jsonl) behind the weights that drew it
     greedy: bool = False
     verdict: Verdict | None = None  # None until graded
 

@@ -63,19 +63,19 @@ def micro_batches(mask: Tensor, rows: Tensor, budget_tokens: int) -> Iterator[Te
 
 
 @torch.no_grad()
-def score_rows(batch: Batch, score: Callable[[Batch], Tensor], budget_tokens: int) -> Tensor:
-    """``score(part) -> [b, t]`` (or ``[b]``) over the whole batch in micro-batches, put together as ``[B, T]`` (or ``[B]``)."""
-    result: Tensor | None = None
+def score_rows(batch: Batch, score: Callable[[Batch], tuple[Tensor, Tensor]], budget_tokens: int) -> tuple[Tensor, Tensor]:
+    """Both results of ``score(part)``, each ``[b, t]`` or ``[b]``, put together over the batch: ``[B, T]`` or ``[B]``."""
+    whole: list[Tensor] = []
     for rows in micro_batches(batch.response_mask, torch.arange(len(batch), device=batch.tokens.device), budget_tokens):
-        values = score(batch.select(rows).trim())
-        if result is None:
-            result = torch.zeros(batch.tokens.shape[: values.ndim], dtype=values.dtype, device=values.device)
-        if values.ndim == 1:
-            result[rows] = values
-        else:
-            result[rows, : values.shape[1]] = values
-    assert result is not None
-    return result
+        parts = score(batch.select(rows).trim())
+        if not whole:
+            whole = [torch.zeros(batch.tokens.shape[: p.ndim], dtype=p.dtype, device=p.device) for p in parts]
+        for result, part in zip(whole, parts, strict=True):
+            if part.ndim == 1:
+                result[rows] = part
+            else:
+                result[rows, : part.shape[1]] = part
+    return whole[0], whole[1]
 
 
 @dataclass(frozen=True)

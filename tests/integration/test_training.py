@@ -23,7 +23,6 @@ from rlvr.compose import recipes_dir
 from rlvr.config import CriticSettings, RunConfig, TrainerSettings, WandbSettings
 from rlvr.log import METRICS, read_metrics
 from rlvr.rewards.random import RandomReward
-from rlvr.rollout.metrics import rollout_metrics
 from rlvr.trainer import Trainer
 from rlvr.types import Batch, InputError, Prompt, Rollout, SamplingPlan, Verdict
 
@@ -382,4 +381,3 @@ def test_length_penalty_reaches_rewards_and_not_correctness(run_config: MakeConf
     assert metrics["rollout/overlong_penalty_mean"] < -0.5
     assert 0 <= metrics["correct/mean"] <= 1
     assert metrics["policy/tokens"] < metrics["rollout/tokens"]
-    assert rollout_metrics.__doc__

@@ -230,9 +230,12 @@ def test_micro_batches_partition_the_rows_within_the_budget(
 @given(lengths=LENGTHS, budget=st.integers(1, 80))
 def test_scores_of_micro_batches_land_on_their_rows(lengths: list[tuple[int, int]], budget: int) -> None:
     batch = ragged(lengths)
-    wide = score_rows(batch, lambda part: torch.where(part.response_mask, part.tokens * 10, 0), budget)
+    wide, narrow = score_rows(
+        batch,
+        lambda part: (torch.where(part.response_mask, part.tokens * 10, 0), part.response_mask.sum(1)),
+        budget,
+    )
     assert torch.equal(wide, torch.where(batch.response_mask, batch.tokens * 10, 0))
-    narrow = score_rows(batch, lambda part: part.response_mask.sum(1), budget)
     assert narrow.tolist() == [response for _, response in lengths]
 
 
