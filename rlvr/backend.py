@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 from rlvr.types import InputError
 
 SCHEDULES = ("constant", "linear", "cosine")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,9 @@ class TrainedModel(Protocol):
 class Backend(Protocol):
     """What users plug in with ``backend._target_=...``: a dataclass of settings with these methods.
 
-    ``start()`` joins the processes; ``rank`` and ``world_size`` are known afterwards; ``device`` is this rank's.
-    ``prepare`` wraps a model with a new optimizer for ``total_updates`` updates; ``freeze`` puts a model that is only
-    evaluated on the device.
+    ``start()`` joins the processes; ``rank`` and ``world_size`` are known afterwards; ``device`` is this rank's. ``stop()``
+    parts them. ``prepare`` wraps a model with a new optimizer for ``total_updates`` updates; ``freeze`` puts a model that is
+    only evaluated on the device. Every rank calls ``sum``, ``gather`` and ``main_first`` in the same order.
     """
 
     rank: int
@@ -90,14 +92,28 @@ class Backend(Protocol):
 
     def start(self) -> None: ...
 
+    def stop(self) -> None: ...
+
     def prepare(self, model: nn.Module, optimizer: OptimizerSettings, total_updates: int) -> TrainedModel: ...
 
     def freeze(self, model: nn.Module) -> nn.Module: ...
 
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of every rank's tensor, on every rank."""
+        ...
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value in the order of the ranks, on every rank. Any picklable value."""
+        ...
+
+    def main_first(self) -> AbstractContextManager[None]:
+        """A block that rank 0 leaves before the others enter it."""
+        ...
+
 
 @dataclass
-class SingleBackend:
-    """One process, one device."""
+class DataParallelBackend:
+    """Any number of processes under torchrun, each with the whole model; their gradients are summed before each update."""
 
     use: str = "auto"  # auto (CUDA, then CPU) | cpu | cuda | mps
     precision: str = "no"  # autocast: no | bf16
@@ -112,27 +128,55 @@ class SingleBackend:
     def start(self) -> None:
         from accelerate import Accelerator
 
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        if processes != 1:
-            raise InputError(
-                f"backend: got single under torchrun with {processes} processes, expected 1; use --nproc-per-node 1 or a back "
-                "end for several processes"
-            )
         if self.use == "cuda" and not torch.cuda.is_available():
             raise InputError("backend.use: got cuda, but torch sees no CUDA device here; use auto or cpu")
         on_cpu = self.use == "cpu" or (self.use == "auto" and not torch.cuda.is_available())
         self._accelerator = Accelerator(cpu=on_cpu, mixed_precision=self.precision)
         self.device = self._accelerator.device
+        self.rank, self.world_size = self._accelerator.process_index, self._accelerator.num_processes
+
+    def stop(self) -> None:
+        if self.world_size > 1:
+            self._accelerator.end_training()
 
     def prepare(self, model: nn.Module, optimizer: OptimizerSettings, total_updates: int) -> TrainedModel:
-        return SingleModel(self._accelerator, model, optimizer, total_updates)
+        return WholeModel(self._accelerator, model, optimizer, total_updates)
 
     def freeze(self, model: nn.Module) -> nn.Module:
         return model.to(self.device).eval().requires_grad_(False)
 
+    def sum(self, values: Tensor) -> Tensor:
+        return self._accelerator.reduce(values, "sum")
 
-class SingleModel:
-    """``TrainedModel`` of one process: the gradient of a sum of losses is the sum of their gradients, nothing to undo."""
+    def gather(self, value: T) -> list[T]:
+        from accelerate.utils import gather_object
+
+        return gather_object([value])
+
+    def main_first(self) -> AbstractContextManager[None]:
+        return self._accelerator.main_process_first()
+
+
+@dataclass
+class SingleBackend(DataParallelBackend):
+    """One process, one device."""
+
+    def start(self) -> None:
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if processes != 1:
+            raise InputError(
+                f"backend: got single under torchrun with {processes} processes, expected 1; use --nproc-per-node 1 or "
+                "backend=ddp"
+            )
+        super().start()
+
+
+class WholeModel:
+    """``TrainedModel`` that every process holds whole.
+
+    A loss is a sum over rows with weights fixed for the whole update, so the gradient of an update is the sum over its
+    micro-batches and ranks: one all-reduce (SUM) before the step, no average to undo, and ranks may have any number of rows.
+    """
 
     def __init__(self, accelerator: Any, model: nn.Module, settings: OptimizerSettings, total_updates: int) -> None:
         decayed = [p for p in model.parameters() if p.ndim >= 2]
@@ -141,7 +185,8 @@ class SingleModel:
         betas = (settings.beta1, settings.beta2)
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps)
         self.accelerator, self.settings = accelerator, settings
-        self.module, self.optimizer = accelerator.prepare(model, optimizer)
+        self.module = accelerator.prepare_model(model, evaluation_mode=True)  # device and autocast, without a DDP wrapper
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
         name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
         self.schedule = get_scheduler(name, self.optimizer, settings.warmup_updates, total_updates)
         self.module.eval()  # dropout stays off in training: it would make the ratio differ from 1 before the first update
@@ -149,7 +194,18 @@ class SingleModel:
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
 
+    def _sum_gradients(self) -> None:
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:  # this rank had no row in the update
+                parameter.grad = torch.zeros_like(parameter)
+        pending = [torch.distributed.all_reduce(p.grad, async_op=True) for p in trained]
+        for work in pending:
+            work.wait()
+
     def step(self) -> float:
+        if self.accelerator.num_processes > 1:
+            self._sum_gradients()
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.settings.max_grad_norm)
         if not torch.isfinite(norm):
             raise RuntimeError(

@@ -38,11 +38,16 @@ def step_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
+def step_folder(run_dir: Path, step: int) -> Path:
+    """Folder of a step's checkpoint."""
+    return run_dir / "checkpoints" / step_name(step)
+
+
 def save(run_dir: Path, step: int, write_model: Callable[[Path], None], state: dict[str, Any]) -> Path:
     """Write ``checkpoints/step_N`` (a model folder plus ``trainer_state/``) and point ``latest`` at it."""
     checkpoints = run_dir / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    folder = checkpoints / step_name(step)
+    folder = step_folder(run_dir, step)
     partial = checkpoints / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed while saving
     partial.mkdir()

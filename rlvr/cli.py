@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -93,12 +94,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         verbs[verb](rest)
     except InputError as error:
-        print(
-            f"rlvr {verb}: the input is wrong\n" + "\n".join(f"  {line}" for line in str(error).splitlines()), file=sys.stderr
-        )
+        if _is_main():
+            lines = "\n".join(f"  {line}" for line in str(error).splitlines())
+            print(f"rlvr {verb}: the input is wrong\n{lines}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\ninterrupted; what is done is saved. Continue with: {_command_line(arguments)}", file=sys.stderr)
+        if _is_main():
+            print(f"\ninterrupted; what is done is saved. Continue with: {_command_line(arguments)}", file=sys.stderr)
         return 130
     return 0
 
@@ -114,6 +116,8 @@ def train(arguments: list[str]) -> None:
 
     runs.refuse_finished(config)
     Trainer(config).run()
+    if not _is_main():
+        return
     print(f"\nreport: {Path(config.run_dir) / 'report.html'}\n{_summary(Path(config.run_dir))}")
 
 
@@ -135,6 +139,11 @@ def report(arguments: list[str]) -> None:
     from rlvr.boundary.report import write_report
 
     print(f"report: {write_report(Path(arguments[0]))}")
+
+
+def _is_main() -> bool:
+    """Whether this is rank 0, the process that speaks. torchrun numbers the processes in RANK."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _compose(primary: str, arguments: list[str]) -> dict[str, Any]:
@@ -183,8 +192,8 @@ def _make_base(model: Any, config_dirs: list[str]) -> None:
 
     A finished one is left as it is, an interrupted one is completed, one that was made by other settings is refused.
     """
-    if model.make is None or model.path is None:
-        return
+    if model.make is None or model.path is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return  # several processes do not pre-train: Trainer says which command makes a missing model
     if not Path(model.path).exists():
         print(f"{model.path} is not there yet; making it with: rlvr sft experiment={model.make} run_dir={model.path}")
     _run_sft(_compose("sft", [f"experiment={model.make}", f"run_dir={model.path}", *config_dirs]))

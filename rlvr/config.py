@@ -70,6 +70,18 @@ class CriticSettings:
 
 
 @dataclass(frozen=True)
+class DataSettings:
+    """Training data beside the task's prompts."""
+
+    ptx: Pairs | None = None  # endless pairs of the pretraining term; its weight is algo.c_ptx
+    ptx_rows: int = 32  # pairs per optimizer update, all ranks
+
+    def __post_init__(self) -> None:
+        if self.ptx_rows < 1:
+            raise InputError(f"ptx_rows: got {self.ptx_rows}, expected at least 1")
+
+
+@dataclass(frozen=True)
 class BoundarySettings:
     """Boundary evaluation of the base and the checkpoints on the task's test problems."""
 
@@ -130,6 +142,7 @@ class RunConfig:
     sampling: Sampling = field(default_factory=Sampling)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     critic: CriticSettings = field(default_factory=CriticSettings)
+    data: DataSettings = field(default_factory=DataSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     boundary: BoundarySettings = field(default_factory=BoundarySettings)
     wandb: WandbSettings = field(default_factory=WandbSettings)
@@ -158,8 +171,25 @@ def cross_field_problems(config: RunConfig) -> Iterator[str]:
             f"algo.plan.overlong_buffer_tokens: got {algo.plan.overlong_buffer_tokens}, expected at most "
             f"sampling.max_new_tokens = {config.sampling.max_new_tokens}"
         )
+    if algo.c_ptx > 0 and config.data.ptx is None:
+        yield f"data.ptx: not given with algo.c_ptx={algo.c_ptx}; name a source of pairs (data@data.ptx=pairs) or set it to 0"
+    if config.data.ptx is not None and algo.c_ptx == 0:
+        yield "algo.c_ptx: got 0, but data.ptx is given and would not be read; set algo.c_ptx above 0 or leave data.ptx out"
     if algo.plan.dynamic and trainer.responses_per_prompt < 2:
         yield "trainer.responses_per_prompt: got 1 with algo.plan.dynamic, where every group is flat; expected at least 2"
+
+
+def check_processes(config: RunConfig) -> None:
+    """Raise InputError when the started processes are more than the prompts they share."""
+    ranks, plan = config.backend.world_size, config.algo.plan
+    sizes = {"trainer.prompts_per_step": config.trainer.prompts_per_step}
+    if plan.dynamic and plan.gen_batch_prompts is not None:
+        sizes["algo.plan.gen_batch_prompts"] = plan.gen_batch_prompts
+    for key, size in sizes.items():
+        if size < ranks:
+            raise InputError(
+                f"{key}: got {size} under {ranks} processes, expected at least one prompt for each; raise it or start fewer"
+            )
 
 
 @dataclass(frozen=True)

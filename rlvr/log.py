@@ -36,6 +36,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "advantage/max": ("advantage", "over tokens"),
     "advantage/zero_fraction": ("fraction", "tokens with an advantage of exactly 0"),
     "policy/loss": ("loss", "weighted sum of token losses, mean over the step's updates"),
+    "policy/ptx_loss_nats": ("nats", "pretraining term before its weight: mean negative log-prob per token of the pairs"),
     "policy/entropy_nats": ("nats", "mean entropy of the next-token distribution over response tokens"),
     "policy/approx_kl_nats": ("nats", "mean of old minus current log-prob over tokens"),
     "policy/ref_kl_k1_nats": ("nats", "KL against the reference per token, estimator k1"),
@@ -54,7 +55,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "mismatch/*": ("", "engine against trainer log-probs of the same weights, see maths.mismatch_metrics"),
     "data/epoch": ("epochs", "share of the training set seen"),
     "time/save_s": ("seconds", "wall time of writing rollouts and checkpoint after the step before"),
-    "time/*_s": ("seconds", "wall time of each arrow of the step"),
+    "time/*_s": ("seconds", "wall time of each arrow of the step, on rank 0"),
     "perf/*_tokens_per_s": ("tokens/s", "response tokens over the wall time of generation, or of the whole step"),
     "memory/peak_gib": ("GiB", "highest device memory so far"),
 }

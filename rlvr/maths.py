@@ -215,12 +215,28 @@ def clipped_objective(
     return objective
 
 
+def cispo_objective(logprobs: Tensor, ratio: Tensor, advantages: Tensor, eps_low: float, eps_high: float) -> Tensor:
+    """``clip(ratio, 1 - eps_low, 1 + eps_high) * A * logprobs`` with the clipped ratio held constant: ``[B, T]``.
+
+    The clip bounds a token's weight and never cuts its gradient. Source: CISPO, MiniMax-M1 (arXiv 2506.13585), eq. 4 and 5.
+    """
+    return ratio.detach().clamp(1 - eps_low, 1 + eps_high) * advantages * logprobs
+
+
 def clip_fractions(
-    ratio: Tensor, advantages: Tensor, eps_low: float, eps_high: float, dual_clip: float | None = None
+    ratio: Tensor,
+    advantages: Tensor,
+    eps_low: float,
+    eps_high: float,
+    dual_clip: float | None = None,
+    both_signs: bool = False,
 ) -> dict[str, Tensor]:
-    """Where a clip acts, as 0/1 per token: ``policy/clip_high_fraction``, ``.._low_..`` and ``.._dual_..``, each ``[B, T]``."""
-    high = (advantages > 0) & (ratio > 1 + eps_high)
-    low = (advantages < 0) & (ratio < 1 - eps_low)
+    """Where a clip acts, as 0/1 per token: ``policy/clip_high_fraction``, ``.._low_..`` and ``.._dual_..``, each ``[B, T]``.
+
+    The upper bound acts where ``A > 0`` and the lower where ``A < 0``, or wherever ``A != 0`` with ``both_signs`` (CISPO).
+    """
+    high = ((advantages > 0) | (both_signs & (advantages < 0))) & (ratio > 1 + eps_high)
+    low = ((advantages < 0) | (both_signs & (advantages > 0))) & (ratio < 1 - eps_low)
     dual = (advantages < 0) & (ratio > (dual_clip if dual_clip is not None else float("inf")))
     parts = {"high": high, "low": low, "dual": dual}
     return {f"policy/clip_{name}_fraction": where.to(ratio.dtype) for name, where in parts.items()}

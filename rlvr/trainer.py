@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +13,13 @@ from tqdm import tqdm
 from rlvr import checkpoint, maths, runs
 from rlvr.boundary.evaluate import evaluate_run, evaluation_prompts
 from rlvr.build import to_mapping
-from rlvr.config import RunConfig
+from rlvr.config import RunConfig, check_processes
 from rlvr.data import PromptStream
 from rlvr.interrupt import StopRequest
 from rlvr.log import MetricsLog, console_line
 from rlvr.model import encode_prompt, load_critic, load_policy, load_tokenizer, token_logprobs, token_values
 from rlvr.rewards import bind_verifier
-from rlvr.rollout.batch import make_batch
+from rlvr.rollout.batch import make_batch, pair_batches
 from rlvr.rollout.collect import Collector, timed
 from rlvr.rollout.engine import hash_seed
 from rlvr.rollout.metrics import rollout_metrics, rollout_rows
@@ -37,11 +38,14 @@ class Trainer:
     def __init__(self, config: RunConfig) -> None:
         torch.manual_seed(config.seed)
         self.config, self.algorithm = config, config.algo
-        config.backend.start()
-        self.device = config.backend.device
-        folder = runs.check(config.run_dir, config)
+        self.backend = config.backend
+        self.backend.start()
+        self.is_main, self.device = self.backend.rank == 0, self.backend.device
+        check_processes(config)
+        with self.backend.main_first():
+            folder = runs.check(config.run_dir, config)
+            self.base_path = runs.base_model(config)
         self.folder = folder.path
-        self.base_path = runs.base_model(config)
         self.tokenizer = load_tokenizer(self.base_path)
         prompts = self._usable_prompts(config.task.prompts("train"))
         if config.boundary.every != 0:
@@ -61,27 +65,35 @@ class Trainer:
             config.trainer.prompts_per_step,
             config.trainer.responses_per_prompt,
             config.seed,
+            self.backend,
         )
-        runs.start(self.folder, config)
+        self.ptx = self._pretraining_batches()
         self._save_s = 0.0
-        self.log = MetricsLog(self.folder, self.step_number, config.wandb, to_mapping(config))
+        self.log = None
+        if self.is_main:
+            runs.start(self.folder, config)
+            self.log = MetricsLog(self.folder, self.step_number, config.wandb, to_mapping(config))
 
     def run(self) -> None:
-        """Train, then evaluate the base and the checkpoints and write the report."""
+        """Train, then evaluate the base and the checkpoints and write the report (rank 0 does, the others are done)."""
         self.train()
         self.close()
-        evaluate_run(self.config, self.base_path)
+        self.backend.stop()
+        if self.is_main:
+            evaluate_run(self.config, self.base_path)
         self.config.engine.close()
 
     def train(self) -> None:
         """Train to ``trainer.steps``. Ctrl-C finishes the step, saves and raises KeyboardInterrupt; again, it stops at once."""
         steps = self.config.trainer.steps
-        with StopRequest() as stop, tqdm(total=steps, initial=self.step_number, unit="step", desc="train") as bar:
+        progress = tqdm(total=steps, initial=self.step_number, unit="step", desc="train", disable=not self.is_main)
+        with StopRequest() as stop, progress as bar:
             while self.step_number < steps:
                 metrics = self.step()
-                bar.write(console_line(self.step_number, steps, metrics))
+                if self.is_main:
+                    bar.write(console_line(self.step_number, steps, metrics))
                 bar.update()
-                if stop.requested:
+                if any(self.backend.gather(stop.requested)):  # together: a rank alone would wait for the others for ever
                     self.save()
                     raise KeyboardInterrupt
 
@@ -107,7 +119,8 @@ class Trainer:
         metrics["perf/step_tokens_per_s"] = metrics["rollout/tokens"] / metrics["time/step_s"]
         if self.device.type == "cuda":
             metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self.log.write(self.step_number, metrics)  # before the checkpoint: a resumed run repeats lines, it cannot invent them
+        if self.log is not None:
+            self.log.write(self.step_number, metrics)  # before the checkpoint: a resumed run repeats lines, never invents them
         saving = time.perf_counter()
         self._save_when_due(data)
         self._save_s = time.perf_counter() - saving
@@ -124,11 +137,13 @@ class Trainer:
             state["critic"] = {"weights": dict(self.critic.weights()), **self.critic.state_dict()}
         if self.reference is not None and self.config.trainer.reset_reference_every:
             state["reference"] = self.reference.state_dict()
-        checkpoint.save(self.folder, self.step_number, lambda path: self.policy.save(path, self.tokenizer), state)
+        if self.is_main:
+            checkpoint.save(self.folder, self.step_number, lambda path: self.policy.save(path, self.tokenizer), state)
 
     def close(self) -> None:
         """Flush the logs. The engine stays loaded: evaluation reuses it."""
-        self.log.close()
+        if self.log is not None:
+            self.log.close()
 
     # ---- arrows of a step ----
 
@@ -137,15 +152,15 @@ class Trainer:
         budget, temperature = self.config.trainer.micro_batch_tokens, self.config.sampling.temperature
         if self.algorithm.needs_old_logprobs or self.config.trainer.updates_per_step > 1:
             module = self.policy.module
-            old, _ = score_rows(batch, lambda part: token_logprobs(module, part, temperature), budget)
+            old, _ = score_rows(batch, lambda part: token_logprobs(module, part, temperature), budget, self.backend)
             batch = replace(batch, old_logprobs=old)
         if self.reference is not None:
             reference = self.reference
-            ref, _ = score_rows(batch, lambda part: token_logprobs(reference, part, temperature), budget)
+            ref, _ = score_rows(batch, lambda part: token_logprobs(reference, part, temperature), budget, self.backend)
             batch = replace(batch, ref_logprobs=ref)
         if self.critic is not None:
             critic = self.critic.module
-            values, final = score_rows(batch, lambda part: token_values(critic, part), budget)
+            values, final = score_rows(batch, lambda part: token_values(critic, part), budget, self.backend)
             batch = replace(batch, values=values, final_values=final)
         return batch
 
@@ -163,13 +178,13 @@ class Trainer:
         metrics: dict[str, float] = {}
         if self.critic is not None:
             targets = self.algorithm.value_targets(batch).detach()
-            metrics |= critic_update(self.critic, self.algorithm, batch, targets, plan)
+            metrics |= critic_update(self.critic, self.algorithm, batch, targets, plan, self.backend)
             if self.step_number < self.config.critic.warmup_steps:
                 return metrics | {"policy/updates": 0.0, "policy/entropy_nats": 0.0, "policy/grad_norm": 0.0}
-        policy_metrics, first_pass = policy_update(self.policy, self.algorithm, batch, advantages, plan)
+        policy_metrics, first_pass = policy_update(self.policy, self.algorithm, batch, advantages, plan, self.backend, self.ptx)
         old = first_pass if batch.old_logprobs is None else batch.old_logprobs
         mismatch = maths.mismatch_metrics(old, batch.rollout_logprobs, batch.response_mask)
-        if mismatch["mismatch/k3_kl"] > MISMATCH_ALERT_NATS:
+        if self.is_main and mismatch["mismatch/k3_kl"] > MISMATCH_ALERT_NATS:
             tqdm.write(
                 f"warning: engine and trainer log-probs differ by {mismatch['mismatch/k3_kl']:.3g} nats (k3) on fresh weights; "
                 "suspect the temperature, the weight sync or the precision"
@@ -198,7 +213,7 @@ class Trainer:
     def _load_models(self, start_path: str, state: dict[str, Any]) -> None:
         config = self.config
         updates = config.trainer.steps * config.trainer.updates_per_step
-        dtype, backend = config.model.dtype, config.backend
+        dtype, backend = config.model.dtype, self.backend
         policy = load_policy(start_path, dtype, config.model.gradient_checkpointing)
         self.policy = backend.prepare(policy, config.optimizer, updates)
         self.reference = backend.freeze(load_policy(self.base_path, dtype)) if self.algorithm.needs_reference else None
@@ -217,6 +232,15 @@ class Trainer:
         if self.reference is not None and "reference" in state:
             self.reference.load_state_dict(state["reference"])
 
+    def _pretraining_batches(self) -> Iterator[Batch] | None:
+        """One batch of ``data.ptx`` for each policy update, from where the run stands."""
+        data, warmup = self.config.data, self.config.critic.warmup_steps if self.algorithm.needs_critic else 0
+        if data.ptx is None:
+            return None
+        updates_done = max(self.step_number - warmup, 0) * self.config.trainer.updates_per_step
+        batches = pair_batches(self.tokenizer, data.ptx, data.ptx_rows, skip=updates_done)
+        return (batch.to(self.device) for batch in batches)
+
     def _usable_prompts(self, prompts: Any) -> list[Prompt]:
         """The training prompts within the length limit; longer ones are refused or dropped, as configured, never cut."""
         limit = self.config.trainer.max_prompt_tokens
@@ -228,7 +252,7 @@ class Trainer:
                 f"trainer.max_prompt_tokens: got {limit}, but {too_long} of {len(lengths)} training prompts are longer (the "
                 f"longest has {max(lengths)} tokens); raise it, or set trainer.long_prompts=drop to leave them out"
             )
-        if too_long:
+        if too_long and self.is_main:
             print(f"left out {too_long} of {len(lengths)} training prompts longer than {limit} tokens")
         return usable
 
@@ -244,7 +268,7 @@ class Trainer:
 
     def _save_when_due(self, data: StepData) -> None:
         trainer, step = self.config.trainer, self.step_number
-        if trainer.save_rollouts_every and step % trainer.save_rollouts_every == 0:
+        if self.is_main and trainer.save_rollouts_every and step % trainer.save_rollouts_every == 0:
             path = self.folder / "rollouts" / f"{checkpoint.step_name(step)}.jsonl"
             checkpoint.write_jsonl(path, rollout_rows(data))
         if step % trainer.checkpoint_every == 0 or step == trainer.steps:

@@ -1,7 +1,7 @@
-"""One rollout batch into optimizer updates: minibatches, micro-batches, weights, losses, metrics.
+"""One rollout batch into optimizer updates: minibatches, ranks, micro-batches, weights, losses, metrics.
 
-The weight of every token is fixed over all rows of an update before the first forward pass, so cutting the rows into
-micro-batches of any size changes memory and speed and no gradient.
+The weight of every token is fixed over all rows of an update, all ranks, before the first forward pass, so dealing the rows
+to ranks and cutting them into micro-batches changes memory and speed and no gradient.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlvr import maths
 from rlvr.algos import Algorithm
-from rlvr.backend import TrainedModel
+from rlvr.backend import Backend, TrainedModel
 from rlvr.model import token_logprobs, token_values
 from rlvr.types import Batch
 
@@ -30,8 +30,12 @@ class TokenMeans:
         self.sums[name] = self.sums.get(name, 0.0) + float(maths.where_mask(values.detach(), mask).double().sum())
         self.counts[name] = self.counts.get(name, 0) + int(mask.sum())
 
-    def means(self) -> dict[str, float]:
-        return {name: total / max(self.counts[name], 1) for name, total in self.sums.items()}
+    def means(self, backend: Backend) -> dict[str, float]:
+        """The means over the tokens of all ranks."""
+        ranks = backend.gather((self.sums, self.counts))
+        names = {name: None for sums, _ in ranks for name in sums}  # a dict keeps their order
+        totals = {name: sum(sums.get(name, 0.0) for sums, _ in ranks) for name in names}
+        return {name: total / max(sum(counts.get(name, 0) for _, counts in ranks), 1) for name, total in totals.items()}
 
 
 def minibatches(groups: Tensor, prompts_per_minibatch: int, epochs: int, seed: int) -> Iterator[Tensor]:
@@ -44,14 +48,15 @@ def minibatches(groups: Tensor, prompts_per_minibatch: int, epochs: int, seed: i
             yield torch.isin(groups, chosen).nonzero().squeeze(1)
 
 
-def micro_batches(mask: Tensor, rows: Tensor, budget_tokens: int) -> Iterator[Tensor]:
-    """Cut rows into parts whose padded size (rows x longest) stays within the budget, rows of like length together.
+def micro_batches(mask: Tensor, rows: Tensor, budget_tokens: int, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
+    """Cut a rank's share of the rows into parts whose padded size (rows x longest) stays within the budget.
 
-    A single row longer than the budget is a part of its own.
+    Rows are sorted by length and dealt to the ranks in turn, so that shares are alike and little padding is computed. A
+    single row longer than the budget is a part of its own.
     """
     columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     widths = (mask[rows] * columns).amax(1)  # [b] position after the last response token
-    order = torch.argsort(widths, stable=True)
+    order = torch.argsort(widths, stable=True)[rank::world_size]
     part: list[int] = []
     for index in order.tolist():
         if part and (len(part) + 1) * int(widths[index]) > budget_tokens:
@@ -63,10 +68,16 @@ def micro_batches(mask: Tensor, rows: Tensor, budget_tokens: int) -> Iterator[Te
 
 
 @torch.no_grad()
-def score_rows(batch: Batch, score: Callable[[Batch], tuple[Tensor, Tensor]], budget_tokens: int) -> tuple[Tensor, Tensor]:
-    """Both results of ``score(part)``, each ``[b, t]`` or ``[b]``, put together over the batch: ``[B, T]`` or ``[B]``."""
+def score_rows(
+    batch: Batch, score: Callable[[Batch], tuple[Tensor, Tensor]], budget_tokens: int, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """Both results of ``score(part)``, each ``[b, t]`` or ``[b]``, put together over the batch: ``[B, T]`` or ``[B]``.
+
+    Each rank scores its share; the batch has at least one row for each.
+    """
     whole: list[Tensor] = []
-    for rows in micro_batches(batch.response_mask, torch.arange(len(batch), device=batch.tokens.device), budget_tokens):
+    everything = torch.arange(len(batch), device=batch.tokens.device)
+    for rows in micro_batches(batch.response_mask, everything, budget_tokens, backend.rank, backend.world_size):
         parts = score(batch.select(rows).trim())
         if not whole:
             whole = [torch.zeros(batch.tokens.shape[: p.ndim], dtype=p.dtype, device=p.device) for p in parts]
@@ -75,7 +86,25 @@ def score_rows(batch: Batch, score: Callable[[Batch], tuple[Tensor, Tensor]], bu
                 result[rows] = part
             else:
                 result[rows, : part.shape[1]] = part
-    return whole[0], whole[1]
+    return backend.sum(whole[0]), backend.sum(whole[1])
+
+
+def add_pretraining_loss(model: TrainedModel, batch: Batch, coefficient: float, budget_tokens: int, backend: Backend) -> float:
+    """Add the gradient of ``coefficient`` x the mean negative log-prob per response token of a batch of pairs.
+
+    Returns this rank's share of that mean, in nats. The denominator is the batch's own number of tokens, all ranks. It is
+    supervised fine-tuning's loss, and the pretraining term of InstructGPT (arXiv 2203.02155), eq. 2.
+    """
+    weights = maths.token_weights(batch.response_mask, "token-mean")
+    everything = torch.arange(len(batch), device=batch.tokens.device)
+    total = 0.0
+    for rows in micro_batches(batch.response_mask, everything, budget_tokens, backend.rank, backend.world_size):
+        part = batch.select(rows).trim()
+        logprobs, _ = token_logprobs(model.module, part, temperature=1.0)
+        loss = -(logprobs * weights[rows, : logprobs.shape[1]]).sum()
+        model.backward(coefficient * loss)
+        total += float(loss.detach())
+    return total
 
 
 @dataclass(frozen=True)
@@ -98,14 +127,20 @@ def loss_mask(batch: Batch, algorithm: Algorithm) -> Tensor:
 
 
 def policy_update(
-    policy: TrainedModel, algorithm: Algorithm, batch: Batch, advantages: Tensor, plan: UpdatePlan
+    policy: TrainedModel,
+    algorithm: Algorithm,
+    batch: Batch,
+    advantages: Tensor,
+    plan: UpdatePlan,
+    backend: Backend,
+    ptx: Iterator[Batch] | None = None,
 ) -> tuple[dict[str, float], Tensor]:
-    """All updates of the policy on one rollout batch.
+    """All updates of the policy on one rollout batch; every rank takes its share of the rows of each.
 
-    Returns the metrics and the log-probs ``[B, T]`` of the first pass over each row: when the whole batch is one update,
-    those of the weights that drew it.
+    ``ptx`` gives one batch of pretraining pairs for each update. Returns the metrics and the log-probs ``[B, T]`` of the
+    first pass over each row: when the whole batch is one update, those of the weights that drew it.
     """
-    means, norms, losses = TokenMeans(), [], []
+    means, norms, loss_share, ptx_share = TokenMeans(), [], 0.0, 0.0
     first_pass = torch.zeros_like(batch.rollout_logprobs)
     parts = list(minibatches(batch.groups, plan.prompts_per_minibatch, plan.epochs, plan.shuffle_seed))
     on_policy = len(parts) == 1
@@ -113,8 +148,7 @@ def policy_update(
     for number, rows in enumerate(parts):
         weights = maths.token_weights(mask[rows], algorithm.loss_agg, groups=batch.groups[rows], constant=plan.loss_agg_const)
         row_weights = torch.zeros_like(batch.rollout_logprobs).index_copy(0, rows, weights)  # [B, T]
-        update_loss = 0.0
-        for micro in micro_batches(batch.response_mask, rows, plan.micro_batch_tokens):
+        for micro in micro_batches(batch.response_mask, rows, plan.micro_batch_tokens, backend.rank, backend.world_size):
             part = batch.select(micro).trim()
             width = part.tokens.shape[1]
             weight, advantage = row_weights[micro, :width], advantages[micro, :width]
@@ -128,15 +162,17 @@ def policy_update(
             if algorithm.c_ent != 0:
                 loss = loss - algorithm.c_ent * (entropy * weight).sum()
             policy.backward(loss)
-            update_loss += float(loss.detach())
+            loss_share += float(loss.detach())
             means.add("policy/entropy_nats", entropy, part.response_mask)
             for name, values in algorithm.token_metrics(part, logprobs.detach(), advantage).items():
                 means.add(name, values, part.response_mask)
+        if ptx is not None:
+            ptx_share += add_pretraining_loss(policy, next(ptx), algorithm.c_ptx, plan.micro_batch_tokens, backend)
         norms.append(policy.step())
-        losses.append(update_loss)
+    shares = backend.gather((loss_share, ptx_share))
     metrics = {
-        **means.means(),
-        "policy/loss": sum(losses) / len(losses),
+        **means.means(backend),
+        "policy/loss": sum(loss for loss, _ in shares) / len(parts),
         "policy/grad_norm": sum(norms) / len(norms),
         "policy/lr": policy.lr,
         "policy/kl_coef": algorithm.kl_coef,
@@ -144,34 +180,38 @@ def policy_update(
         "policy/tokens": float(mask.sum()),
         "policy/updates": float(len(parts)),
     }
-    return metrics, first_pass
+    if ptx is not None:
+        metrics["policy/ptx_loss_nats"] = sum(loss for _, loss in shares) / len(parts)
+    return metrics, backend.sum(first_pass)
 
 
 def critic_update(
-    critic: TrainedModel, algorithm: Algorithm, batch: Batch, targets: Tensor, plan: UpdatePlan
+    critic: TrainedModel, algorithm: Algorithm, batch: Batch, targets: Tensor, plan: UpdatePlan, backend: Backend
 ) -> dict[str, float]:
     """All updates of the critic on one rollout batch, same minibatches as the policy; its own token mean."""
-    losses, norms = [], []
+    means, norms, loss_share, count = TokenMeans(), [], 0.0, 0
     mask = loss_mask(batch, algorithm)
     for rows in minibatches(batch.groups, plan.prompts_per_minibatch, plan.epochs, plan.shuffle_seed):
         weights = torch.zeros_like(batch.rollout_logprobs)
         weights[rows] = maths.token_weights(mask[rows], "token-mean")
-        update_loss = 0.0
-        for micro in micro_batches(batch.response_mask, rows, plan.micro_batch_tokens):
+        for micro in micro_batches(batch.response_mask, rows, plan.micro_batch_tokens, backend.rank, backend.world_size):
             part = batch.select(micro).trim()
             width = part.tokens.shape[1]
             values, _ = token_values(critic.module, part)
-            weight = weights[micro, :width]
-            value_loss = algorithm.value_loss(part, values, targets[micro, :width])
+            weight, target = weights[micro, :width], targets[micro, :width]
+            value_loss = algorithm.value_loss(part, values, target)
             loss = algorithm.c_v * (maths.where_mask(value_loss, weight > 0) * weight).sum()
             critic.backward(loss)
-            update_loss += float(loss.detach())
+            loss_share += float(loss.detach())
+            for name, entries in algorithm.value_metrics(part, values.detach(), target).items():
+                means.add(name, entries, part.response_mask)
         norms.append(critic.step())
-        losses.append(update_loss)
+        count += 1
     assert batch.values is not None
     returns, residuals = targets[batch.response_mask], (targets - batch.values)[batch.response_mask]
     return {
-        "critic/loss": sum(losses) / len(losses),
+        **means.means(backend),
+        "critic/loss": sum(backend.gather(loss_share)) / count,
         "critic/grad_norm": sum(norms) / len(norms),
         "critic/lr": critic.lr,
         "critic/return_mean": float(returns.mean()),

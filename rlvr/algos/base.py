@@ -39,11 +39,12 @@ class Algorithm:
     loss_agg_const: float | None = None  # tokens; None: sampling.max_new_tokens
     c_ent: float = 0.0  # entropy bonus
     c_v: float = 0.5  # value loss
-    c_ptx: float = 0.0  # pretraining loss
+    c_ptx: float = 0.0  # pretraining loss on the pairs of data.ptx
     clip_eps: float = 0.2  # both sides of the clip range, unless a side is given
     clip_eps_low: float | None = None
     clip_eps_high: float | None = None
     dual_clip: float | None = None  # bound on ratio * A for A < 0
+    surrogate: str = "clip"  # clip: min(ratio A, clip(ratio) A) | cispo: clip(ratio) A log-prob, no gradient through the ratio
     ratio_level: str = "token"  # token | sequence | sequence_mean
     kl_coef: float = 0.0  # weight of the KL against the reference; 0: no reference is loaded
     kl_estimator: str = "k3"  # as a loss; the KL in the reward is always k1
@@ -65,16 +66,20 @@ class Algorithm:
     def __post_init__(self) -> None:
         low, high = self.clip_range
         check_choice("loss_agg", self.loss_agg, maths.LOSS_AGGREGATIONS)
+        check_choice("surrogate", self.surrogate, ("clip", "cispo"))
         check_choice("ratio_level", self.ratio_level, ("token", "sequence", "sequence_mean"))
         check_choice("kl_estimator", self.kl_estimator, maths.KL_ESTIMATORS)
-        check_choice("kl_placement", self.kl_placement, ("loss", "reward"))
+        check_choice("kl_placement", self.kl_placement, ("loss", "reward"))  # one of them: both would charge it twice
         check_choice("kl_controller", self.kl_controller, ("fixed", "adaptive"))
         check_choice("kl_target_unit", self.kl_target_unit, ("sequence", "token"))
         check_choice("rollout_is", self.rollout_is, ("none", "token", "sequence"))
         check_choice("rollout_is_mode", self.rollout_is_mode, ("truncate", "mask"))
-        check_range("clip_eps_low (or clip_eps)", low, "a value in (0, 1)", 0 < low < 1)
+        no_lower_bound = self.surrogate == "cispo" and low == 1
+        check_range("clip_eps_low (or clip_eps)", low, "a value in (0, 1)", 0 < low < 1 or no_lower_bound)
         check_range("clip_eps_high (or clip_eps)", high, "above 0", high > 0)
         check_range("dual_clip", self.dual_clip, f"above 1 + clip_eps_high = {1 + high}", (self.dual_clip or 0) > 1 + high)
+        check_range("c_v", self.c_v, "above 0", self.c_v > 0)
+        check_range("c_ptx", self.c_ptx, "0 or more", self.c_ptx >= 0)
         check_range("kl_coef", self.kl_coef, "0 or more", self.kl_coef >= 0)
         check_range("kl_target", self.kl_target, "above 0", self.kl_target > 0)
         check_range("kl_horizon", self.kl_horizon, "above 0", self.kl_horizon > 0)
@@ -85,10 +90,10 @@ class Algorithm:
                 f"loss_agg: got {self.loss_agg!r} with ratio_level={self.ratio_level}, which copies one loss per row to "
                 "its tokens; set loss_agg=seq-mean-token-mean"
             )
+        if self.surrogate == "cispo" and (self.dual_clip is not None or self.ratio_level != "token"):
+            raise InputError("surrogate: got cispo, which weights single tokens; set dual_clip=null and ratio_level=token")
         if self.kl_coef > 0 and self.kl_placement == "loss":
             self._check_kl_loss()
-        if self.c_ptx != 0:
-            raise InputError(f"c_ptx: got {self.c_ptx}, but there is no pretraining data stream yet; set it to 0")
 
     def _check_kl_loss(self) -> None:
         if self.kl_estimator == "k1" and not self.kl_is_correction:
@@ -133,13 +138,17 @@ class Algorithm:
     def token_loss(self, batch: Batch, logprobs: Tensor, advantages: Tensor) -> Tensor:
         """Everything made of the current log-probs, before weighting: ``[B, T]``, value and gradient 0 outside the mask.
 
-        ``-min(ratio A, clip(ratio) A) * w + kl_coef * KL``: clipped surrogate, rollout correction w, KL loss.
+        ``-objective * w + kl_coef * KL``: the surrogate objective (``min(ratio A, clip(ratio) A)`` unless ``surrogate`` says
+        otherwise), rollout correction w, KL loss.
         """
         mask = batch.response_mask
         assert batch.old_logprobs is not None
         ratio = maths.log_ratio(logprobs, batch.old_logprobs, mask, self.ratio_level).exp()
         advantages = maths.where_mask(advantages, mask)
-        loss = -maths.clipped_objective(ratio, advantages, *self.clip_range, self.dual_clip)
+        if self.surrogate == "cispo":
+            loss = -maths.cispo_objective(maths.where_mask(logprobs, mask), ratio, advantages, *self.clip_range)
+        else:
+            loss = -maths.clipped_objective(ratio, advantages, *self.clip_range, self.dual_clip)
         if self.rollout_is != "none":
             bounds = (self.rollout_is_mode, self.rollout_is_min, self.rollout_is_max)
             loss = loss * maths.rollout_weights(batch.old_logprobs, batch.rollout_logprobs, mask, self.rollout_is, *bounds)
@@ -182,13 +191,20 @@ class Algorithm:
         mask = batch.response_mask
         return (maths.where_mask(values, mask) - maths.where_mask(targets, mask)).square()
 
+    def value_metrics(self, batch: Batch, values: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Quantities of the critic logged as means over tokens: name -> ``[B, T]``, detached."""
+        return {}
+
     @torch.no_grad()
     def token_metrics(self, batch: Batch, logprobs: Tensor, advantages: Tensor) -> dict[str, Tensor]:
         """Quantities logged as means over tokens: name -> ``[B, T]``, detached."""
         mask = batch.response_mask
         assert batch.old_logprobs is not None
         ratio = maths.log_ratio(logprobs, batch.old_logprobs, mask, self.ratio_level).exp()
-        metrics = maths.clip_fractions(ratio, maths.where_mask(advantages, mask), *self.clip_range, self.dual_clip)
+        both_signs = self.surrogate == "cispo"
+        metrics = maths.clip_fractions(
+            ratio, maths.where_mask(advantages, mask), *self.clip_range, self.dual_clip, both_signs=both_signs
+        )
         metrics["policy/approx_kl_nats"] = maths.where_mask(batch.old_logprobs - logprobs, mask)
         if batch.ref_logprobs is not None:
             current, reference = maths.where_mask(logprobs, mask), maths.where_mask(batch.ref_logprobs, mask)

@@ -75,3 +75,11 @@ class PPO(Algorithm):
             clipped = old + (values - old).clamp(-self.value_clip, self.value_clip)
             loss = torch.maximum(loss, (clipped - targets).square())
         return loss
+
+    def value_metrics(self, batch: Batch, values: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Where the value clip decides the loss: its error is the larger one, and the gradient there is 0."""
+        if self.value_clip is None:
+            return {}
+        unclipped = (values - targets).square()
+        clipped = maths.where_mask(self.value_loss(batch, values, targets) > unclipped, batch.response_mask)
+        return {"critic/clip_fraction": clipped.to(values.dtype)}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from rlvr import maths
-from rlvr.types import Batch, Sampling, SamplingPlan, StepData
+from rlvr.types import Batch, InputError, Sampling, SamplingPlan, StepData
 
 
 def pad_rows(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int) -> Batch:
@@ -30,6 +32,29 @@ def pad_rows(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: 
         truncated=nothing,
         rollout_logprobs=torch.zeros((count, width)),
     )
+
+
+def pairs_batch(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, str]]) -> Batch:
+    """A Batch of (prompt text, response text) pairs, each response ended by the end-of-sequence token.
+
+    With an empty prompt, as in plain pretraining text, the first token has nothing before it and is only context.
+    """
+    rows = []
+    for prompt, response in pairs:
+        before = tokenizer(prompt)["input_ids"]
+        after = [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        rows.append((before, after) if before else (after[:1], after[1:]))
+    return pad_rows(rows, tokenizer.pad_token_id)
+
+
+def pair_batches(
+    tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, str]], rows: int, skip: int = 0
+) -> Iterator[Batch]:
+    """Batches of ``rows`` pairs each, after the first ``skip`` batches. Raises InputError when the pairs end."""
+    stream = islice(iter(pairs), skip * rows, None)
+    while len(chunk := list(islice(stream, rows))) == rows:
+        yield pairs_batch(tokenizer, chunk)
+    raise InputError(f"data: {type(pairs).__name__} ran out of pairs; expected an endless stream that starts over at its end")
 
 
 def make_batch(data: StepData, plan: SamplingPlan, sampling: Sampling, pad_token_id: int) -> Batch:

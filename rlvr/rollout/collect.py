@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlvr.algos import Algorithm
+from rlvr.backend import Backend
 from rlvr.data import PromptStream
 from rlvr.model import encode_prompt
 from rlvr.rewards import Reward, grade
@@ -60,7 +61,7 @@ def draw(
 
 
 class Collector:
-    """Draws, grades and selects the rollouts of one step."""
+    """Draws, grades and selects the rollouts of one step: each rank a share of the prompts, then every rank holds them all."""
 
     def __init__(
         self,
@@ -72,7 +73,9 @@ class Collector:
         prompts_per_step: int,
         responses_per_prompt: int,
         seed: int,
+        backend: Backend,
     ) -> None:
+        self.backend = backend
         self.engine, self.tokenizer, self.reward, self.stream = engine, tokenizer, reward, stream
         self.sampling, self.seed = sampling, seed
         self.prompts_per_step, self.responses_per_prompt = prompts_per_step, responses_per_prompt
@@ -108,10 +111,11 @@ class Collector:
     def _generation_batch(
         self, size: int, with_greedy: bool, policy_step: int, timings: dict[str, float]
     ) -> list[tuple[Prompt, list[Rollout], list[Rollout]]]:
-        taken = self.stream.take(size)
-        prompts = [prompt for _, prompt in taken]
+        taken, (rank, ranks) = self.stream.take(size), (self.backend.rank, self.backend.world_size)
+        own = taken[rank::ranks]
+        prompts = [prompt for _, prompt in own]
         per_prompt = range(self.responses_per_prompt)
-        seeds = [[hash_seed(self.seed, "train", position, index) for index in per_prompt] for position, _ in taken]
+        seeds = [[hash_seed(self.seed, "train", position, index) for index in per_prompt] for position, _ in own]
 
         def generate() -> tuple[list[list[Rollout]], list[Rollout]]:
             return draw(self.engine, self.tokenizer, prompts, seeds, self.sampling, policy_step, None, with_greedy)
@@ -122,10 +126,12 @@ class Collector:
         graded = timed(timings, "time/verify_s", lambda: grade(self.reward, asked, rows))
         count = self.responses_per_prompt
         best = graded[len(prompts) * count :]
-        return [
+        groups = [
             (prompt, graded[place * count : (place + 1) * count], best[place : place + 1])
             for place, prompt in enumerate(prompts)
         ]
+        shares = timed(timings, "time/gather_s", lambda: self.backend.gather(groups))
+        return [shares[place % ranks][place // ranks] for place in range(size)]  # the order of the dataset
 
     def _exhausted(self, kept: int, drawn: int, batches: int) -> str:
         return (
