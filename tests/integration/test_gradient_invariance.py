@@ -1,0 +1,133 @@
+"""One batch, one gradient: whatever the micro-batches, the order of the rows, the padding and the number of processes."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from parallel_worker import RUNS, WIDE, algorithms, gradients, ragged_batch, train, widened
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from rlvr.algos import Algorithm
+from rlvr.backend import SingleBackend
+from rlvr.log import read_metrics
+from rlvr.types import Batch
+
+CASES = algorithms()
+BOUND = 1e-5  # |g1 - g2| / |g1| over the whole vector, float32
+Gradients = dict[str, list[Tensor]]
+
+
+def distance(one: Gradients, other: Gradients) -> float:
+    """The largest relative distance between the gradients of corresponding updates."""
+    assert one.keys() == other.keys()
+    pairs = [pair for part in one for pair in zip(one[part], other[part], strict=True)]
+    assert all(bool(torch.isfinite(a).all()) and float(a.norm()) > 0 for a, _ in pairs)
+    return max(float((a - b).norm() / a.norm()) for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def backend() -> SingleBackend:
+    single = SingleBackend(use="cpu")
+    single.start()
+    return single
+
+
+def variants() -> dict[str, tuple[Batch, int]]:
+    batch = ragged_batch()
+    order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(1))
+    return {
+        "one row at a time": (batch, 1),
+        "packed to 40 tokens": (batch, 40),
+        "other order": (batch.select(order), WIDE),
+        "other order, packed": (batch.select(order.flip(0)), 25),
+        "more padding": (widened(batch, 5), WIDE),
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradient_of_any_split_order_and_padding(name: str, backend: SingleBackend, tiny_model: str) -> None:
+    whole = gradients(CASES[name], tiny_model, backend, ragged_batch())
+    for variant, (batch, budget) in variants().items():
+        assert distance(whole, gradients(CASES[name], tiny_model, backend, batch, budget)) < BOUND, variant
+
+
+def test_the_comparison_sees_a_wrong_denominator(backend: SingleBackend, tiny_model: str) -> None:
+    """A mean of the means of two parts, the bug that this file is about, is far outside the bound."""
+    algorithm, batch = CASES["grpo token-mean"], ragged_batch()
+    advantages = algorithm.advantages(batch)
+    whole = gradients(algorithm, tiny_model, backend, batch, advantages=advantages)
+    halves = [
+        gradients(algorithm, tiny_model, backend, batch.select(rows), advantages=advantages[rows])
+        for rows in torch.arange(len(batch)).split(6)
+    ]
+    mean = [(first + second) / 2 for first, second in zip(*(half["policy"] for half in halves), strict=True)]
+    assert distance(whole, {"policy": mean}) > 1e-2
+
+
+def launch(processes: int, what: str, model: str, out: Path) -> None:
+    """The worker under torchrun, with its output in the failure message."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    worker = [str(Path(__file__).with_name("parallel_worker.py")), what, model, str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run([*command, *worker], env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_gradient_of_any_number_of_processes(processes: int, backend: SingleBackend, tiny_model: str, tmp_path: Path) -> None:
+    launch(processes, "gradients", tiny_model, tmp_path / "gradients.pt")
+    found = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    far = {}
+    for name, algorithm in CASES.items():
+        for minibatch in (3, 1):
+            alone = gradients(algorithm, tiny_model, backend, ragged_batch(), WIDE, minibatch)
+            gap = distance(alone, found[f"{name}, {minibatch} prompts"])
+            if gap >= BOUND:
+                far[f"{name}, {minibatch} prompts"] = gap
+    assert len(found) == 2 * len(CASES)
+    assert not far
+
+
+def test_a_run_of_two_processes_is_the_run_of_one(tiny_model: str, tmp_path: Path) -> None:
+    """Critic, greedy rows, dynamic sampling, KL, pretraining term: the same prompts, responses, metrics and weights."""
+    launch(2, "runs", tiny_model, tmp_path / "two")
+    for name in RUNS:
+        train(name, tiny_model, tmp_path / "one")
+        one, two = (read_metrics(tmp_path / which / name / "metrics.jsonl") for which in ("one", "two"))
+        assert len(one) == len(two) == 3
+        for ours, theirs in zip(one, two, strict=True):
+            assert ours.keys() == theirs.keys()
+            for key, value in ours.items():
+                if not key.startswith(("time/", "perf/")):
+                    assert math.isclose(value, theirs[key], rel_tol=1e-3, abs_tol=1e-5), (name, key, value, theirs[key])
+        last = "checkpoints/step_000003"
+        weights = [AutoModelForCausalLM.from_pretrained(tmp_path / w / name / last).state_dict() for w in ("one", "two")]
+        for parameter, tensor in weights[0].items():
+            torch.testing.assert_close(tensor, weights[1][parameter], rtol=1e-3, atol=1e-5, msg=f"{name}: {parameter}")
+
+
+def test_settings_that_do_not_fit_the_processes_are_refused(tiny_model: str, tmp_path: Path) -> None:
+    from parallel_worker import run_settings
+
+    from rlvr.config import check_processes
+    from rlvr.types import InputError
+
+    config = run_settings("grpo", tiny_model, tmp_path)
+    config.backend.world_size = 8
+    with pytest.raises(InputError, match=r"trainer\.prompts_per_step: got 5 under 8 processes"):
+        check_processes(config)
+    plan = replace(config.algo.plan, dynamic=True, gen_batch_prompts=2)
+    algo: Algorithm = replace(config.algo, plan=plan)
+    config = replace(config, algo=algo)
+    config.backend.world_size = 3
+    with pytest.raises(InputError, match=r"algo\.plan\.gen_batch_prompts: got 2 under 3 processes"):
+        check_processes(config)
