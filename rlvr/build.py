@@ -12,7 +12,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass, replace
 from typing import Any
 
 from rlvr.algos import Algorithm
@@ -35,7 +35,8 @@ def from_mapping(cls: type, node: Any, key: str = "") -> Any:
     return instance
 
 
-def _read(cls: type, node: Any, key: str, problems: list[str]) -> Any:
+def _read(cls: type, node: Any, key: str, problems: list[str], start: Any = None) -> Any:
+    """An instance of ``cls`` from a mapping; what the mapping leaves out is as in ``start``, or the class's default."""
     if not isinstance(node, Mapping):
         problems.append(f"{key}: got {node!r}, expected settings of {cls.__name__} ({', '.join(_setting_types(cls))})")
         return None
@@ -49,19 +50,29 @@ def _read(cls: type, node: Any, key: str, problems: list[str]) -> Any:
         if name not in settings:
             problems.append(_unknown(path, str(name), cls, settings))
         else:
-            values[name] = _convert(settings[name], value, path, problems)
+            values[name] = _convert(settings[name], value, path, problems, _default(start or cls, name))
     required = [f.name for f in fields(cls) if f.init and f.default is MISSING and f.default_factory is MISSING]
-    for name in required:
+    for name in required if start is None else ():
         if name not in values:
             problems.append(f"{key + '.' if key else ''}{name}: not given; {cls.__name__} needs it")
     if len(problems) > before:
         return None
     try:
-        return cls(**values)
+        return cls(**values) if start is None else replace(start, **values)
     except ValueError as error:
         prefix = f"{key}." if key else ""
         problems.extend(prefix + line for line in str(error).splitlines())
         return None
+
+
+def _default(owner: Any, name: str) -> Any:
+    """What the field ``name`` holds when nothing is said: of an instance its value, of a class its default, if any."""
+    if not isinstance(owner, type):
+        return getattr(owner, name)
+    (item,) = (f for f in fields(owner) if f.name == name)
+    if item.default_factory is not MISSING:
+        return item.default_factory()
+    return None if item.default is MISSING else item.default
 
 
 def _setting_types(cls: type) -> dict[str, Any]:
@@ -75,8 +86,8 @@ def _unknown(path: str, name: str, cls: type, settings: Mapping[str, Any]) -> st
     return f"{path}: {cls.__module__}.{cls.__qualname__} has no setting {name!r}; {hint}"
 
 
-def _convert(annotation: Any, value: Any, path: str, problems: list[str]) -> Any:
-    """``value`` as the annotated type; a problem is noted when it does not fit."""
+def _convert(annotation: Any, value: Any, path: str, problems: list[str], default: Any = None) -> Any:
+    """``value`` as the annotated type; a problem is noted when it does not fit. Nested settings start from ``default``."""
     options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
     if value is None and type(None) in options:
         return None
@@ -87,7 +98,7 @@ def _convert(annotation: Any, value: Any, path: str, problems: list[str]) -> Any
         if option in COMPONENTS:
             return build(option, value, path, problems)
         if is_dataclass(option) and isinstance(option, type):
-            return _read(option, value, path, problems)
+            return _read(option, value, path, problems, default if type(default) is option else None)
         origin = typing.get_origin(option) or option
         if option is Any or (origin in (list, tuple) and isinstance(value, list | tuple)):
             return value

@@ -76,10 +76,9 @@ def compose(primary: str, overrides: Sequence[str], config_dirs: Sequence[str] =
 
 
 def _check_choice(group: str, choice: str, folders: Sequence[Path]) -> None:
-    names = sorted(
-        str(path.relative_to(folder / group).with_suffix("")) for folder in folders for path in (folder / group).rglob("*.yaml")
-    )
-    if choice not in names:
+    files = [(folder / group, path) for folder in folders for path in (folder / group).rglob("*.yaml")]
+    names = sorted(str(path.relative_to(top).with_suffix("")) for top, path in files if not path.name.startswith("_"))
+    if choice not in names:  # a name with an underscore in front is a part that others include
         near = difflib.get_close_matches(choice, names, n=1)
         hint = f"did you mean {group}={near[0]}?" if near else ""
         raise InputError(f"{group}: got {choice!r}, expected one of {', '.join(names)}. {hint}".rstrip(". "))

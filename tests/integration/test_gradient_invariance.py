@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallel_worker import RUNS, WIDE, algorithms, gradients, ragged_batch, train, widened
+from parallel_worker import RUNS, WIDE, algorithms, gradients, pairs, ragged_batch, train, widened
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -70,6 +70,21 @@ def test_the_comparison_sees_a_wrong_denominator(backend: SingleBackend, tiny_mo
     ]
     mean = [(first + second) / 2 for first, second in zip(*(half["policy"] for half in halves), strict=True)]
     assert distance(whole, {"policy": mean}) > 1e-2
+
+
+def test_pretraining_term_adds_its_weight_times_the_gradient_of_the_pairs(backend: SingleBackend, tiny_model: str) -> None:
+    """Mean over the pairs' own tokens, whatever the rollouts weigh; computed here row by row without the package."""
+    batch, weight = ragged_batch(), CASES["pretraining term"].c_ptx
+    without = gradients(replace(CASES["pretraining term"], c_ptx=0.0), tiny_model, backend, batch)["policy"][0]
+    with_term = gradients(CASES["pretraining term"], tiny_model, backend, batch)["policy"][0]
+    model, loss, text = AutoModelForCausalLM.from_pretrained(tiny_model), torch.zeros(()), pairs()
+    for tokens, mask in zip(text.tokens, text.response_mask, strict=True):
+        logprobs = torch.log_softmax(model(input_ids=tokens[None]).logits[0].float(), -1)
+        for place in mask.nonzero().flatten().tolist():
+            loss = loss - logprobs[place - 1, tokens[place]]
+    (loss / text.response_mask.sum()).backward()
+    wanted = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert float((with_term - without - weight * wanted).norm() / (weight * wanted).norm()) < 1e-4
 
 
 def launch(processes: int, what: str, model: str, out: Path) -> None:

@@ -241,7 +241,7 @@ def test_greedy_rows_are_scored_and_never_trained_on(run_config: MakeConfig) -> 
     assert "rollout/greedy_score_mean" in metrics
 
 
-ALGORITHMS = ("ppo", "grpo", "dr_grpo", "reinforce_pp", "reinforce_pp_baseline", "rloo", "remax", "dapo")
+ALGORITHMS = ("ppo", "grpo", "dr_grpo", "gspo", "cispo", "reinforce_pp", "reinforce_pp_baseline", "rloo", "remax", "dapo")
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from rlvr.algos import Algorithm
 from rlvr.algos.grpo import GRPO
 from rlvr.backend import OptimizerSettings, SingleBackend
-from rlvr.build import from_mapping, to_mapping
+from rlvr.build import build, from_mapping, to_mapping
 from rlvr.config import BoundarySettings, RunConfig, SftConfig, TrainerSettings, WandbSettings
 from rlvr.model import ModelSettings, TinyModel
 from rlvr.rewards.random import RandomReward
@@ -299,6 +300,15 @@ def test_mapping_is_plain_and_complete() -> None:
     assert mapping["engine"]["max_rows"] == 3 and "_model" not in mapping["engine"]
     assert mapping["boundary"]["k"] == [1, 4, 16]
     assert "_target_" not in mapping["trainer"]
+
+
+@pytest.mark.parametrize(("algo", "field"), [("dapo.DAPO", "dynamic"), ("remax.ReMax", "greedy")])
+def test_a_part_of_a_plan_leaves_the_rest_as_the_algorithm_has_it(algo: str, field: str) -> None:
+    problems: list[str] = []
+    node = {"_target_": f"rlvr.algos.{algo}", "plan": {"overlong_buffer_tokens": 4}}
+    plan = build(Algorithm, node, "algo", problems).plan
+    assert problems == []
+    assert (getattr(plan, field), plan.overlong_buffer_tokens) == (True, 4)
 
 
 def test_round_trip_of_a_fine_tuning_run() -> None:

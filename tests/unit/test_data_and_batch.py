@@ -11,11 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlvr.backend import SingleBackend
 from rlvr.data import PairsFile, PromptStream, read_rows
 from rlvr.rollout.batch import make_batch, pad_rows
 from rlvr.types import Batch, InputError, Prompt, Rollout, Sampling, SamplingPlan, StepData, Verdict
 from rlvr.update import TokenMeans, micro_batches, minibatches, score_rows
 
+BACKEND = SingleBackend(use="cpu")
+BACKEND.start()
 PROMPTS = [Prompt(str(index), f"question {index}", None, "test") for index in range(7)]
 
 
@@ -234,6 +237,7 @@ def test_scores_of_micro_batches_land_on_their_rows(lengths: list[tuple[int, int
         batch,
         lambda part: (torch.where(part.response_mask, part.tokens * 10, 0), part.response_mask.sum(1)),
         budget,
+        BACKEND,
     )
     assert torch.equal(wide, torch.where(batch.response_mask, batch.tokens * 10, 0))
     assert narrow.tolist() == [response for _, response in lengths]
@@ -244,4 +248,4 @@ def test_means_count_each_token_once() -> None:
     means.add("x", torch.tensor([[1.0, torch.nan]]), torch.tensor([[True, False]]))
     means.add("x", torch.tensor([[2.0, 3.0, 4.0]]), torch.tensor([[True, True, True]]))
     means.add("empty", torch.tensor([[torch.nan]]), torch.tensor([[False]]))
-    assert means.means() == {"x": 2.5, "empty": 0.0}
+    assert means.means(BACKEND) == {"x": 2.5, "empty": 0.0}
