@@ -156,6 +156,16 @@ class RunConfig:
 def cross_field_problems(config: RunConfig) -> Iterator[str]:
     """What is wrong between settings that are each in order, one line a problem."""
     trainer, algo = config.trainer, config.algo
+    needed_methods = ["advantages"] + ["value_targets"] * algo.needs_critic
+    for method in needed_methods:
+        if getattr(type(algo), method) is getattr(Algorithm, method):
+            yield f"algo: {type(algo).__name__} does not define {method}(batch) -> [B, T], which the trainer will ask for"
+    most = (algo.plan.gen_batch_prompts or trainer.prompts_per_step) * algo.plan.max_gen_batches
+    if algo.plan.dynamic and most < trainer.prompts_per_step:
+        yield (
+            f"algo.plan.max_gen_batches: {algo.plan.max_gen_batches} generation batches of {algo.plan.gen_batch_prompts} "
+            f"prompts cannot fill trainer.prompts_per_step = {trainer.prompts_per_step}; raise it or algo.plan.gen_batch_prompts"
+        )
     needed = algo.min_responses_per_prompt
     if trainer.responses_per_prompt < needed:
         yield (

@@ -69,7 +69,11 @@ class Algorithm:
         check_choice("surrogate", self.surrogate, ("clip", "cispo"))
         check_choice("ratio_level", self.ratio_level, ("token", "sequence", "sequence_mean"))
         check_choice("kl_estimator", self.kl_estimator, maths.KL_ESTIMATORS)
-        check_choice("kl_placement", self.kl_placement, ("loss", "reward"))  # one of them: both would charge it twice
+        if self.kl_placement not in ("loss", "reward"):
+            raise InputError(
+                f"kl_placement: got {self.kl_placement!r}, expected loss or reward, one of them: in both places the KL would be "
+                "charged twice"
+            )
         check_choice("kl_controller", self.kl_controller, ("fixed", "adaptive"))
         check_choice("kl_target_unit", self.kl_target_unit, ("sequence", "token"))
         check_choice("rollout_is", self.rollout_is, ("none", "token", "sequence"))

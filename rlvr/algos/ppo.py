@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rlvr import maths
 from rlvr.algos.base import Algorithm, check_choice, check_range
-from rlvr.types import Batch
+from rlvr.types import Batch, InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,10 @@ class PPO(Algorithm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.needs_critic:
+            raise InputError(
+                "needs_critic: got False, but GAE needs values; leave it True, or use an algorithm without a critic"
+            )
         check_range("gamma", self.gamma, "a value in [0, 1]", 0 <= self.gamma <= 1)
         check_range("lam", self.lam, "a value in [0, 1]", 0 <= self.lam <= 1)
         check_range("value_clip", self.value_clip, "above 0, or null", (self.value_clip or 0) > 0)

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
+from rlvr.algos import Algorithm
+from rlvr.algos.ppo import PPO
 from rlvr.cli import main
+from rlvr.config import RunConfig
+from rlvr.errors import InputError
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -36,6 +43,16 @@ def quickstart(tiny_model: str, tmp_path: Path) -> list[str]:
         ("optimizer.lr=fast", ["optimizer.lr", "'fast'", "expected float"]),
         ("algo.clip_eps_low=2.0", ["algo.clip_eps_low", "2.0", "(0, 1)"]),
         ("algo.dual_clip=1.1", ["algo.dual_clip", "1.1", "above 1 + clip_eps_high"]),
+        ("algo.clip_eps=1.5", ["clip_eps", "1.5", "(0, 1)"]),
+        ("algo.clip_eps_high=0", ["clip_eps_high", "above 0"]),
+        ("algo.kl_placement=both", ["algo.kl_placement", "'both'", "charged twice"]),
+        ("algo.c_ptx=0.5", ["data.ptx", "c_ptx=0.5", "data@data.ptx=pairs"]),
+        ("data@data.ptx=countdown_traces", ["algo.c_ptx", "would not be read"]),
+        ("algo.plan.carry_surplus=true", ["carry_surplus", "stale"]),
+        ("algo.surrogate=sispo", ["algo.surrogate", "'sispo'", "cispo"]),
+        ("algo=paper/dapo", ["algo.plan.overlong_buffer_tokens", "4096", "sampling.max_new_tokens = 28"]),
+        ("backend=ddq", ["backend", "'ddq'", "ddp", "single"]),
+        ("critic=null", ["critic", "None", "CriticSettings"]),
         ("algo.loss_agg=tokenmean", ["algo.loss_agg", "'tokenmean'", "token-mean"]),
         ("trainer.responses_per_prompt=1", ["trainer.responses_per_prompt", "got 1", "at least 2"]),
         ("boundary.k=[1,512]", ["boundary.k", "512", "n = 256"]),
@@ -57,6 +74,42 @@ def test_setting_is_refused(
     message = refused(capsys, *quickstart, override)
     assert all(part in message for part in expected), message
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["algo.kl_coef=0.1", "algo.kl_estimator=k1"], ["algo.kl_estimator", "k1", "gradient is zero", "kl_placement=reward"]),
+        (["algo.kl_coef=0.1", "algo.kl_estimator=k2", "algo.kl_is_correction=true"], ["kl_estimator", "k2", "k1 or k3"]),
+        (["algo=cispo", "algo.dual_clip=9"], ["surrogate", "dual_clip=null"]),
+        (["algo=gspo", "algo.loss_agg=token-mean"], ["loss_agg", "seq-mean-token-mean"]),
+        (["algo=dapo", "algo.plan.gen_batch_prompts=2"], ["max_gen_batches", "cannot fill", "prompts_per_step = 32"]),
+        (["algo=rloo", "trainer.responses_per_prompt=1"], ["trainer.responses_per_prompt", "RLOO", "at least 2"]),
+        (["algo=remax", "algo.plan.greedy=false"], ["plan.greedy", "baseline"]),
+        (["algo=reinforce_pp", "algo.whiten_over=sequences", "algo.gamma=0.9"], ["whiten_over", "gamma=1"]),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(
+    overrides: list[str], expected: list[str], quickstart: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(capsys, *quickstart, *overrides)
+    assert all(part in message for part in expected), message
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_algorithm_that_lacks_what_it_declares_is_refused(tiny_model: str, run_config: Callable[..., RunConfig]) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Half(Algorithm):
+        needs_critic: ClassVar[bool] = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Criticless(PPO):
+        needs_critic: ClassVar[bool] = False
+
+    with pytest.raises(InputError, match=r"Half does not define advantages.*\n.*Half does not define value_targets"):
+        run_config(algo=Half())
+    with pytest.raises(InputError, match="GAE needs values"):
+        Criticless()
 
 
 def test_several_mistakes_are_reported_together(quickstart: list[str], capsys: pytest.CaptureFixture[str]) -> None:
