@@ -164,13 +164,13 @@ def cross_field_problems(config: RunConfig) -> Iterator[str]:
     if algo.plan.dynamic and most < trainer.prompts_per_step:
         yield (
             f"algo.plan.max_gen_batches: {algo.plan.max_gen_batches} generation batches of {algo.plan.gen_batch_prompts} "
-            f"prompts cannot fill trainer.prompts_per_step = {trainer.prompts_per_step}; raise it or algo.plan.gen_batch_prompts"
+            f"prompts cannot fill trainer.prompts_per_step = {trainer.prompts_per_step}; raise one of the two"
         )
     needed = algo.min_responses_per_prompt
     if trainer.responses_per_prompt < needed:
         yield (
-            f"trainer.responses_per_prompt: got {trainer.responses_per_prompt}, but {type(algo).__name__} compares the "
-            f"responses of a prompt with each other; expected at least {needed}"
+            f"trainer.responses_per_prompt: got {trainer.responses_per_prompt}, but {type(algo).__name__} with these settings "
+            f"compares the responses of a prompt with each other; expected at least {needed}"
         )
     if config.model.path is None and config.model.tiny is None:
         yield "model.path: not given; expected a Hugging Face folder, a run folder or a hub id (or model=tiny)"

@@ -42,6 +42,10 @@ class Trainer:
         self.backend.start()
         self.is_main, self.device = self.backend.rank == 0, self.backend.device
         check_processes(config)
+        if self.is_main and (config.sampling.top_p < 1 or config.sampling.top_k):
+            print(
+                "warning: sampling.top_p and top_k cut the engine's distribution, not the trainer's; the log-probs then differ"
+            )
         with self.backend.main_first():
             folder = runs.check(config.run_dir, config)
             self.base_path = runs.base_model(config)

@@ -176,7 +176,7 @@ def policy_update(
         "policy/grad_norm": sum(norms) / len(norms),
         "policy/lr": policy.lr,
         "policy/kl_coef": algorithm.kl_coef,
-        "policy/rows": float(len(batch)),
+        "policy/rows": float(mask.any(1).sum()),
         "policy/tokens": float(mask.sum()),
         "policy/updates": float(len(parts)),
     }

@@ -71,8 +71,7 @@ class Algorithm:
         check_choice("kl_estimator", self.kl_estimator, maths.KL_ESTIMATORS)
         if self.kl_placement not in ("loss", "reward"):
             raise InputError(
-                f"kl_placement: got {self.kl_placement!r}, expected loss or reward, one of them: in both places the KL would be "
-                "charged twice"
+                f"kl_placement: got {self.kl_placement!r}, expected loss or reward; in both the KL would be charged twice"
             )
         check_choice("kl_controller", self.kl_controller, ("fixed", "adaptive"))
         check_choice("kl_target_unit", self.kl_target_unit, ("sequence", "token"))
@@ -210,12 +209,17 @@ class Algorithm:
             ratio, maths.where_mask(advantages, mask), *self.clip_range, self.dual_clip, both_signs=both_signs
         )
         metrics["policy/approx_kl_nats"] = maths.where_mask(batch.old_logprobs - logprobs, mask)
+        if self.rollout_is != "none":
+            weights = maths.log_ratio(batch.old_logprobs, batch.rollout_logprobs, mask, self.rollout_is).exp()
+            cut = maths.where_mask((weights < self.rollout_is_min) | (weights > self.rollout_is_max), mask)
+            metrics["policy/rollout_weight_cut_fraction"] = cut.to(logprobs.dtype)
         if batch.ref_logprobs is not None:
             current, reference = maths.where_mask(logprobs, mask), maths.where_mask(batch.ref_logprobs, mask)
             for estimator in ("k1", "k3"):
-                metrics[f"policy/ref_kl_{estimator}_nats"] = maths.kl_per_token(current, reference, estimator)
-            clamped = (current - reference < -1) & (maths.kl_per_token(current, reference, "k3") >= maths.K3_BOUND)
-            metrics["policy/ref_kl_clamped_fraction"] = clamped.to(logprobs.dtype)
+                metrics[f"policy/ref_kl_{estimator}_nats"] = maths.kl_per_token(current, reference, estimator, clamp=False)
+            if self.kl_placement == "loss" and self.kl_clamp and "k3" in self.kl_estimator:
+                clamped = metrics["policy/ref_kl_k3_nats"] >= maths.K3_BOUND
+                metrics["policy/ref_kl_clamped_fraction"] = clamped.to(logprobs.dtype)
         return metrics
 
     def keep(self, correct: Tensor) -> bool:

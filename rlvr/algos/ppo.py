@@ -14,7 +14,7 @@ What differs from the paper and from other code:
 * whitening over the whole step's tokens, all ranks, variance with n - 1 (TRL whitens per rank, OpenRLHF divides by n);
 * the value after a response cut by the length limit is 0 (``truncation_bootstrap`` uses the critic's): the limit is part
   of the task;
-* no factor 1/2 in the value loss; ``c_v`` 0.5 makes the product that of verl, OpenRLHF and TRL.
+* no factor 1/2 in the value loss; ``c_v`` 0.5 makes the product that of verl and OpenRLHF (TRL's 1/2 x 0.1: ``c_v`` 0.05).
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ class Reward(Protocol):
     ``judge(prompts, rollouts) -> list[Verdict]``
         ``prompts`` and ``rollouts`` have the same length; ``rollouts[i]`` answers ``prompts[i]``. Returns one ``Verdict``
         per rollout in the same order. ``Verdict.score`` is the reward before length shaping, ``Verdict.correct`` the
-        verifier's word. A whole step comes in one call, so an implementation may work in parallel. A response it cannot
+        verifier's word. All responses of a generation batch that this process drew come in one call, so an implementation
+        may work in parallel. A response it cannot
         judge gets a status (``crashed``, ``timeout``, ``unsupported``), not a made-up score; an exception that leaves
         ``judge`` stops the run.
 

@@ -35,8 +35,8 @@ def draw(
     numbers = sample_indices or [range(len(own)) for own in seeds]
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     requests = [Request(tokens, tuple(own)) for tokens, own in zip(encoded, seeds, strict=True)]
-    if with_greedy:
-        requests += [Request(tokens, (0,), greedy=True) for tokens in encoded]
+    greedy_seeds = [hash_seed("greedy", *own) for own in seeds] if with_greedy else []  # not drawn from: they tell rows apart
+    requests += [Request(tokens, (seed,), greedy=True) for tokens, seed in zip(encoded, greedy_seeds, strict=False)]
     completions = engine.generate(requests, sampling)
 
     def rollout(place: int, index: int, seed: int, completion: Completion, greedy: bool) -> Rollout:
@@ -56,7 +56,7 @@ def draw(
     sampled = [
         [rollout(p, numbers[p][i], seeds[p][i], c, False) for i, c in enumerate(completions[p])] for p in range(len(prompts))
     ]
-    greedy = [rollout(p, 0, 0, completions[len(prompts) + p][0], True) for p in range(len(prompts))] if with_greedy else []
+    greedy = [rollout(p, 0, seed, completions[len(prompts) + p][0], True) for p, seed in enumerate(greedy_seeds)]
     return sampled, greedy
 
 
