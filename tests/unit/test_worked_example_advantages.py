@@ -126,6 +126,22 @@ def test_ppo_returns_are_raw() -> None:
     close(algorithm.value_targets(batch)[mask()], flat(GAE_RETURNS), 1e-9)
 
 
+def test_ppo_whitens_with_the_biased_variance_on_request() -> None:
+    advantages = PPO(kl_coef=0.1, lam=0.95, whiten_ddof=0).advantages(example_batch())
+    close(advantages[mask()][0], 1.1505726647, 1e-9)
+
+
+def test_whitening_each_rank_alone_is_another_algorithm() -> None:
+    """The numbers that a split by prompt gives: those of the whole batch differ, so a rank must never whiten its share."""
+    batch, algorithm = example_batch(), ReinforcePP()
+    shares = [algorithm.advantages(batch.select(rows)) for rows in torch.arange(6).split(3)]
+    first_tokens = [share[row][mask()[rank * 3 + row]][0] for rank, share in enumerate(shares) for row in range(3)]
+    alone = [0.8432740275, -1.0540925344, 0.8432740275, -0.7245688238, 1.2076147063, -0.7245688238]
+    close(torch.stack(first_tokens), alone, 1e-9)
+    whole = algorithm.advantages(batch)
+    assert all(float((whole[row][mask()[row]][0] - alone[row]).abs()) > 0.1 for row in range(6))
+
+
 @pytest.mark.parametrize(("clip", "wanted"), [(None, 0.0986359028), (0.5, 0.0986359028), (0.2, 0.1004910057)])
 def test_value_loss(clip: float | None, wanted: float) -> None:
     algorithm, batch = PPO(kl_coef=0.1, lam=0.95, value_clip=clip), example_batch()
