@@ -81,9 +81,10 @@ class PPO(Algorithm):
         return loss
 
     def value_metrics(self, batch: Batch, values: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Where the value clip decides the loss: its error is the larger one, and the gradient there is 0."""
+        """Where the value clip decides the loss: it acts, and its error is the larger one. The gradient there is 0."""
         if self.value_clip is None:
             return {}
-        unclipped = (values - targets).square()
-        clipped = maths.where_mask(self.value_loss(batch, values, targets) > unclipped, batch.response_mask)
-        return {"critic/clip_fraction": clipped.to(values.dtype)}
+        assert batch.values is not None
+        acts = (values - batch.values).abs() > self.value_clip
+        decides = acts & (self.value_loss(batch, values, targets) > (values - targets).square())
+        return {"critic/clip_fraction": maths.where_mask(decides, batch.response_mask).to(values.dtype)}

@@ -21,10 +21,19 @@ from rlvr.algos import Algorithm
 from rlvr.backend import Backend, DataParallelBackend, OptimizerSettings, TrainedModel
 from rlvr.build import build
 from rlvr.compose import recipes_dir
-from rlvr.config import BoundarySettings, CriticSettings, RunConfig, TrainerSettings
+from rlvr.config import (
+    BoundarySettings,
+    CriticSettings,
+    DataSettings,
+    RunConfig,
+    SftConfig,
+    SftSettings,
+    TrainerSettings,
+)
 from rlvr.model import ModelSettings, load_critic, load_policy
 from rlvr.rollout.batch import pad_rows
-from rlvr.tasks.countdown import CountdownTask
+from rlvr.sft import run_sft
+from rlvr.tasks.countdown import CountdownTask, CountdownTraces
 from rlvr.trainer import Trainer
 from rlvr.types import Batch, Prompt, Rollout, Sampling, Verdict
 from rlvr.update import UpdatePlan, critic_update, policy_update
@@ -161,8 +170,6 @@ class SomePairs:
 
 
 def run_settings(name: str, model_path: str, folder: Path) -> RunConfig:
-    from rlvr.config import DataSettings
-
     algo = make(name, kl_coef=0.05, c_ptx=0.1)
     return RunConfig(
         run_dir=str(folder / name),
@@ -182,10 +189,24 @@ def run_settings(name: str, model_path: str, folder: Path) -> RunConfig:
     )
 
 
-RUNS = ("ppo", "remax", "dapo")
+def sft_settings(model_path: str, folder: Path) -> SftConfig:
+    return SftConfig(
+        run_dir=str(folder / "sft"),
+        data=CountdownTraces(CountdownTask(train_problems=64, test_problems=8)),
+        model=ModelSettings(path=model_path),
+        backend=DataParallelBackend(use="cpu"),
+        optimizer=OptimizerSettings(lr=1e-3),
+        sft=SftSettings(steps=3, batch_size=7, micro_batch_tokens=60, log_every=1),
+    )
+
+
+RUNS = ("ppo", "remax", "dapo", "sft")
 
 
 def train(name: str, model_path: str, folder: Path) -> None:
+    if name == "sft":
+        run_sft(sft_settings(model_path, folder))
+        return
     trainer = Trainer(run_settings(name, model_path, folder))
     trainer.train()
     trainer.close()
