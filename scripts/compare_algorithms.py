@@ -56,11 +56,11 @@ def measure(folder: Path) -> dict[str, Any]:
     def mean(name: str, part: list[dict[str, Any]]) -> float:
         return statistics.fmean(row[name] for row in part if name in row)
 
-    extras = {
-        "explained variance, last steps": "critic/explained_variance",
-        "keep rate": "groups/kept_fraction",
+    extras = {  # over the second half of the run
+        "explained variance": "critic/explained_variance",
+        "keep rate": "groups/mixed_fraction",
         "sampled/used": "rollout/sampled_per_trained",
-        "greedy score, last steps": "rollout/greedy_score_mean",
+        "greedy score": "rollout/greedy_score_mean",
         "zero advantages": "advantage/zero_fraction",
     }
     return {
@@ -69,7 +69,7 @@ def measure(folder: Path) -> dict[str, Any]:
         "base": true_curve(base_model(config), config),
         "curve": true_curve(str(newest), config),
         "minutes": sum(row["time/step_s"] for row in rows) / 60,
-        "extras": {label: mean(name, rows[-WINDOW:]) for label, name in extras.items() if name in rows[-1]},
+        "extras": {label: mean(name, rows[len(rows) // 2 :]) for label, name in extras.items() if name in rows[-1]},
     }
 
 

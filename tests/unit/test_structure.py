@@ -29,6 +29,7 @@ FLOORS = {
     "interrupt": 2,
     "build": 3,
     "config": 3,
+    "learner": 3,
     "runs": 3,
     "update": 3,
     "boundary": 4,
