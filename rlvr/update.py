@@ -73,15 +73,16 @@ def score_rows(
 ) -> tuple[Tensor, Tensor]:
     """Both results of ``score(part)``, each ``[b, t]`` or ``[b]``, put together over the batch: ``[B, T]`` or ``[B]``.
 
-    Each rank scores its share; the batch has at least one row for each.
+    Each rank scores its share; one without a row scores the first, for the shapes alone.
     """
     whole: list[Tensor] = []
     everything = torch.arange(len(batch), device=batch.tokens.device)
-    for rows in micro_batches(batch.response_mask, everything, budget_tokens, backend.rank, backend.world_size):
+    share = list(micro_batches(batch.response_mask, everything, budget_tokens, backend.rank, backend.world_size))
+    for rows in share or [everything[:1]]:
         parts = score(batch.select(rows).trim())
         if not whole:
             whole = [torch.zeros(batch.tokens.shape[: p.ndim], dtype=p.dtype, device=p.device) for p in parts]
-        for result, part in zip(whole, parts, strict=True):
+        for result, part in zip(whole, parts if share else (), strict=bool(share)):
             if part.ndim == 1:
                 result[rows] = part
             else:

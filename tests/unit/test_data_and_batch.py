@@ -243,6 +243,28 @@ def test_scores_of_micro_batches_land_on_their_rows(lengths: list[tuple[int, int
     assert narrow.tolist() == [response for _, response in lengths]
 
 
+def test_shares_of_the_ranks_add_up_to_the_scores_of_one() -> None:
+    """Two rows on four ranks: the last two have none and add zeros."""
+    batch = ragged([(1, 3), (2, 5)])
+
+    def shares_of(ranks: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        found = []
+        for rank in range(ranks):
+            backend = SingleBackend(use="cpu")
+            backend.start()
+            backend.rank, backend.world_size = rank, ranks
+            found.append(
+                score_rows(batch, lambda part: (part.response_mask * part.tokens, part.response_mask.sum(1)), 80, backend)
+            )
+        return found
+
+    (alone,) = shares_of(1)
+    shares = shares_of(4)
+    for place in (0, 1):
+        assert torch.equal(sum(share[place] for share in shares), alone[place])
+        assert not bool(shares[3][place].any())
+
+
 def test_means_count_each_token_once() -> None:
     means = TokenMeans()
     means.add("x", torch.tensor([[1.0, torch.nan]]), torch.tensor([[True, False]]))
