@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlvr import checkpoint, maths
 from rlvr.algos import Algorithm
 from rlvr.algos.grpo import GRPO
+from rlvr.algos.reinforce_pp import ReinforcePP
 from rlvr.build import build
 from rlvr.compose import recipes_dir
 from rlvr.config import CriticSettings, RunConfig, TrainerSettings, WandbSettings
@@ -145,14 +146,18 @@ def test_micro_batches_change_no_number(run_config: MakeConfig, tmp_path: Path) 
                 assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=2e-5), name
 
 
-def test_advantages_see_the_whole_batch_whatever_the_minibatch(run_config: MakeConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("base", [GRPO, ReinforcePP])
+def test_advantages_see_the_whole_batch_whatever_the_minibatch(
+    run_config: MakeConfig, tmp_path: Path, base: type[Algorithm]
+) -> None:
+    """Group statistics and whitening with one minibatch and with four: the same numbers, standard over the whole batch."""
     seen = []
 
     @dataclass(frozen=True, kw_only=True)
-    class Watching(GRPO):
+    class Watching(base):  # type: ignore[misc, valid-type]
         def advantages(self, batch: Batch) -> Tensor:
             result = super().advantages(batch)
-            seen.append(result)
+            seen.append((len(batch), result))
             return result
 
     for minibatch in (4, 1):
@@ -160,7 +165,8 @@ def test_advantages_see_the_whole_batch_whatever_the_minibatch(run_config: MakeC
         config = run_config(run_dir=str(tmp_path / str(minibatch)), trainer=settings, reward=LengthReward(), algo=Watching())
         metrics = Trainer(config).step()
         assert metrics["policy/updates"] == 4 / minibatch
-    assert torch.equal(*seen)
+    assert [rows for rows, _ in seen] == [16, 16]
+    assert torch.equal(seen[0][1], seen[1][1])
 
 
 def test_reward_rises_on_a_learnable_task(run_config: MakeConfig) -> None:
