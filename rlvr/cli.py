@@ -226,6 +226,8 @@ def _summary(run_dir: Path) -> str:
 def _command_line(arguments: Sequence[str]) -> str:
     import shlex
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return "the same torchrun command"
     return shlex.join(["rlvr", *arguments])
 
 
