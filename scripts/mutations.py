@@ -207,7 +207,7 @@ MUTATIONS = (
         (*LOOP, "-k", "whole_batch or micro"),
     ),
     Mutation("entropy punished", "update.py", "loss = loss - algorithm.c_ent", "loss = loss + algorithm.c_ent", LOOP),
-    Mutation("ratio fixed at 1", "update.py", "on_policy = len(parts) == 1", "on_policy = True", SPLIT),
+    Mutation("ratio fixed at 1", "update.py", "on_policy = len(parts) == 1", "on_policy = True", (*LOOP, "-k", "ratio")),
     Mutation("pretraining term unweighted", "update.py", "model.backward(coefficient * loss)", "model.backward(loss)", SPLIT),
     # ranks
     Mutation("gradients of one rank", "backend.py", "if self.accelerator.num_processes > 1:", "if False:", RANKS),
@@ -227,7 +227,7 @@ MUTATIONS = (
         "model.py",
         "_at_tokens(outputs[:, first - 1 : -1], mask, first)",
         "_at_tokens(outputs[:, first:], mask, first)",
-        ("tests/unit/test_data_and_batch.py",),
+        ("tests/unit/test_model_scores.py",),
     ),
     Mutation(
         "greedy rows among the sampled",

@@ -19,6 +19,7 @@ from rlvr import checkpoint, maths
 from rlvr.algos import Algorithm
 from rlvr.algos.grpo import GRPO
 from rlvr.algos.reinforce_pp import ReinforcePP
+from rlvr.backend import OptimizerSettings
 from rlvr.build import build
 from rlvr.compose import recipes_dir
 from rlvr.config import CriticSettings, RunConfig, TrainerSettings, WandbSettings
@@ -169,10 +170,25 @@ def test_advantages_see_the_whole_batch_whatever_the_minibatch(
     assert torch.equal(seen[0][1], seen[1][1])
 
 
+def test_later_updates_of_a_step_see_the_ratio_to_the_start_of_the_step(run_config: MakeConfig, tmp_path: Path) -> None:
+    """With one update the ratio is exactly 1; with four at a high rate it moves, and the clip acts."""
+    found = {}
+    for minibatch in (4, 1):
+        settings = TrainerSettings(steps=1, prompts_per_step=4, responses_per_prompt=4, minibatch_prompts=minibatch)
+        config = run_config(
+            run_dir=str(tmp_path / str(minibatch)),
+            trainer=settings,
+            reward=LengthReward(),
+            optimizer=OptimizerSettings(lr=1e-2),
+        )
+        found[minibatch] = Trainer(config).step()
+    assert found[4]["policy/approx_kl_nats"] == found[4]["policy/clip_high_fraction"] == 0
+    assert abs(found[1]["policy/approx_kl_nats"]) > 1e-3
+    assert found[1]["policy/clip_high_fraction"] + found[1]["policy/clip_low_fraction"] > 0
+
+
 def test_reward_rises_on_a_learnable_task(run_config: MakeConfig) -> None:
     """A random model learns to give responses of even length; the mean of the last steps clears the first by far."""
-    from rlvr.backend import OptimizerSettings
-
     settings = TrainerSettings(steps=30, prompts_per_step=8, responses_per_prompt=8, checkpoint_every=30)
     config = run_config(trainer=settings, reward=LengthReward(), optimizer=OptimizerSettings(lr=3e-3))
     correct = [row["reward/mean"] for row in numbers(str(trained(config)))]
@@ -258,8 +274,6 @@ class ValueBaseline(Algorithm):
 
 
 def test_a_declared_critic_is_trained_saved_and_restored(run_config: MakeConfig) -> None:
-    from rlvr.backend import OptimizerSettings
-
     settings = TrainerSettings(steps=6, prompts_per_step=4, responses_per_prompt=4, checkpoint_every=3)
     parts: dict[str, Any] = {
         "trainer": settings,
@@ -307,8 +321,6 @@ def test_reference_is_reset_on_schedule(run_config: MakeConfig) -> None:
 
 
 def test_entropy_bonus_raises_entropy(run_config: MakeConfig, tmp_path: Path) -> None:
-    from rlvr.backend import OptimizerSettings
-
     last = {}
     for bonus in (-1.0, 1.0):
         settings = TrainerSettings(steps=20, prompts_per_step=4, responses_per_prompt=4, checkpoint_every=20)
