@@ -104,13 +104,14 @@ def build(words: list[str]) -> RunConfig:
 
 
 def test_every_algorithm_has_a_page_and_the_index_links_it() -> None:
-    assert {path.stem for path in FOLDER.glob("*.md")} == set(PAGES)
+    assert {path.stem for path in FOLDER.glob("*.md")} == {*PAGES, "measured"}
+    assert "](measured.md)" in text_of("README")
     assert MODULES == ["dapo", "grpo", "ppo", "reinforce_pp", "remax", "rloo"]
     for page in MODULES:
         assert f"]({page}.md)" in text_of("README") and "](README.md)" in text_of(page)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "measured"])
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", text_of(page)):
         name, _, anchor = target.partition("#")
@@ -209,6 +210,6 @@ def test_equation_and_sources_are_those_of_the_module(page: str) -> None:
         assert number in text, number
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "measured"])
 def test_lines_stay_short(page: str) -> None:
     assert max(len(line) for line in text_of(page).splitlines()) <= 125
