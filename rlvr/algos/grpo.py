@@ -15,7 +15,8 @@ What differs from the paper and from other code:
 * a group whose scores are all equal gets advantages of exactly 0, not rounding noise over ``adv_eps``.
 
 ``adv_scale=none`` with ``loss_agg=seq-mean-token-sum-const`` is Dr.GRPO (arXiv 2503.20783); ``adv_scale=batch`` divides
-by the deviation of all scores of the step.
+by the deviation of all scores of the step. ``ratio_level=sequence_mean`` with ``loss_agg=seq-mean-token-mean`` is GSPO (arXiv
+2507.18071), ``surrogate=cispo`` CISPO (arXiv 2506.13585).
 """
 
 from __future__ import annotations
