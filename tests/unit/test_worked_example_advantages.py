@@ -131,6 +131,19 @@ def test_ppo_whitens_with_the_biased_variance_on_request() -> None:
     close(advantages[mask()][0], 1.1505726647, 1e-9)
 
 
+def test_returns_with_the_kl_in_the_reward() -> None:
+    algorithm, batch = ReinforcePP(kl_coef=0.1), example_batch()
+    wanted = [
+        [0.995, 1.005],
+        [-0.04, -0.02, -0.02, -0.03],
+        [1.0, 1.005, 1.02],
+        [-0.04],
+        [0.975, 0.965, 0.99],
+        [0.0, 0.0, 0.01, -0.02],
+    ]
+    close(maths.reward_to_go(algorithm.shaped_rewards(batch), mask())[mask()], flat(wanted), 1e-9)
+
+
 def test_whitening_each_rank_alone_is_another_algorithm() -> None:
     """The numbers that a split by prompt gives: those of the whole batch differ, so a rank must never whiten its share."""
     batch, algorithm = example_batch(), ReinforcePP()
