@@ -110,8 +110,7 @@ class Learner:
             metrics |= critic_update(self.critic, self.algorithm, batch, targets, plan, self.backend)
             if step < self.config.critic.warmup_steps:
                 return metrics | {"policy/updates": 0.0, "policy/entropy_nats": 0.0, "policy/grad_norm": 0.0}
-        policy_metrics, first_pass = policy_update(self.policy, self.algorithm, batch, advantages, plan, self.backend, self.ptx)
-        old = first_pass if batch.old_logprobs is None else batch.old_logprobs
+        policy_metrics, old = policy_update(self.policy, self.algorithm, batch, advantages, plan, self.backend, self.ptx)
         mismatch = maths.mismatch_metrics(old, batch.rollout_logprobs, batch.response_mask)
         if self.backend.rank == 0 and mismatch["mismatch/k3_kl"] > MISMATCH_ALERT_NATS:
             tqdm.write(

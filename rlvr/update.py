@@ -138,15 +138,15 @@ def policy_update(
 ) -> tuple[dict[str, float], Tensor]:
     """All updates of the policy on one rollout batch; every rank takes its share of the rows of each.
 
-    ``ptx`` gives one batch of pretraining pairs for each update. Returns the metrics and the log-probs ``[B, T]`` of the
-    first pass over each row: when the whole batch is one update, those of the weights that drew it.
+    ``ptx`` gives one batch of pretraining pairs for each update. Returns the metrics and the log-probs ``[B, T]`` at the start
+    of the step: the batch's, or, when it has none because the whole batch is one update, those of its forward pass.
     """
     means, norms, loss_share, ptx_share = TokenMeans(), [], 0.0, 0.0
-    first_pass = torch.zeros_like(batch.rollout_logprobs)
     parts = list(minibatches(batch.groups, plan.prompts_per_minibatch, plan.epochs, plan.shuffle_seed))
     on_policy = len(parts) == 1
+    start = torch.zeros_like(batch.rollout_logprobs) if batch.old_logprobs is None else None
     mask = loss_mask(batch, algorithm)
-    for number, rows in enumerate(parts):
+    for rows in parts:
         weights = maths.token_weights(mask[rows], algorithm.loss_agg, groups=batch.groups[rows], constant=plan.loss_agg_const)
         row_weights = torch.zeros_like(batch.rollout_logprobs).index_copy(0, rows, weights)  # [B, T]
         for micro in micro_batches(batch.response_mask, rows, plan.micro_batch_tokens, backend.rank, backend.world_size):
@@ -156,8 +156,8 @@ def policy_update(
             logprobs, entropy = token_logprobs(policy.module, part, plan.temperature, algorithm.c_ent != 0)
             if on_policy:  # the ratio is then exactly 1: recomputed log-probs would differ by rounding
                 part = replace(part, old_logprobs=logprobs.detach())
-            if number < len(parts) // plan.epochs:
-                first_pass[micro, :width] = logprobs.detach()
+            if start is not None:
+                start[micro, :width] = logprobs.detach()
             token_loss = algorithm.token_loss(part, logprobs, advantage)
             loss = (maths.where_mask(token_loss, weight > 0) * weight).sum()
             if algorithm.c_ent != 0:
@@ -183,7 +183,10 @@ def policy_update(
     }
     if ptx is not None:
         metrics["policy/ptx_loss_nats"] = sum(loss for _, loss in shares) / len(parts)
-    return metrics, backend.sum(first_pass)
+    if start is not None:
+        return metrics, backend.sum(start)
+    assert batch.old_logprobs is not None
+    return metrics, batch.old_logprobs
 
 
 def critic_update(

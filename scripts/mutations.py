@@ -129,6 +129,20 @@ MUTATIONS = (
         "difference = batch.rewards",
         ADVANTAGES,
     ),
+    Mutation(
+        "group baseline left out of REINFORCE++",
+        "algos/reinforce_pp.py",
+        "scores = scores - maths.group_mean(scores, batch.groups)",
+        "pass",
+        ADVANTAGES,
+    ),
+    Mutation(
+        "DAPO without clip-higher",
+        "algos/dapo.py",
+        "clip_eps_high: float | None = 0.28",
+        "clip_eps_high: float | None = None",
+        ADVANTAGES,
+    ),
     # policy and value loss
     Mutation(
         "clip on the wrong side",
@@ -201,8 +215,8 @@ MUTATIONS = (
     Mutation(
         "advantages of the minibatch",
         "update.py",
-        "    for number, rows in enumerate(parts):\n",
-        "    for number, rows in enumerate(parts):\n        advantages = torch.zeros_like(advantages).index_copy("
+        "    for rows in parts:\n",
+        "    for rows in parts:\n        advantages = torch.zeros_like(advantages).index_copy("
         "0, rows, algorithm.advantages(batch.select(rows)))\n",
         (*LOOP, "-k", "whole_batch or micro"),
     ),
@@ -234,6 +248,13 @@ MUTATIONS = (
         "rollout/collect.py",
         "kept.append((prompt, rows, greedy))",
         "kept.append((prompt, rows[:-1] + greedy, greedy))",
+        (*LOOP, "-k", "greedy"),
+    ),
+    Mutation(
+        "greedy rows with one seed",
+        "rollout/collect.py",
+        'hash_seed("greedy", *own)',
+        "0",
         (*LOOP, "-k", "greedy"),
     ),
     Mutation(

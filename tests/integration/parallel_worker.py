@@ -155,7 +155,7 @@ def widened(batch: Batch, columns: int) -> Batch:
 
 
 @dataclass(frozen=True)
-class EvenLength:
+class LengthReward:
     """Correct when the response has an even number of characters: a random model gets mixed groups."""
 
     def judge(self, prompts: list[Prompt], rollouts: list[Rollout]) -> list[Verdict]:
@@ -176,7 +176,7 @@ def run_settings(name: str, model_path: str, folder: Path) -> RunConfig:
         algo=algo,
         task=CountdownTask(train_problems=64, test_problems=8),
         model=ModelSettings(path=model_path),
-        reward=EvenLength(),
+        reward=LengthReward(),
         backend=DataParallelBackend(use="cpu"),
         sampling=Sampling(max_new_tokens=12),
         optimizer=OptimizerSettings(lr=1e-3),

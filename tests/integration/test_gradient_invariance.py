@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallel_worker import RUNS, WIDE, algorithms, gradients, pairs, ragged_batch, train, widened
+from parallel_worker import RUNS, WIDE, algorithms, gradients, pairs, ragged_batch, run_settings, train, widened
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rlvr.algos import Algorithm
 from rlvr.backend import SingleBackend
+from rlvr.config import check_processes
 from rlvr.log import read_metrics
-from rlvr.types import Batch
+from rlvr.types import Batch, InputError
 
 CASES = algorithms()
 BOUND = 1e-5  # |g1 - g2| / |g1| over the whole vector, float32
@@ -131,11 +132,6 @@ def test_a_run_of_two_processes_is_the_run_of_one(tiny_model: str, tmp_path: Pat
 
 
 def test_settings_that_do_not_fit_the_processes_are_refused(tiny_model: str, tmp_path: Path) -> None:
-    from parallel_worker import run_settings
-
-    from rlvr.config import check_processes
-    from rlvr.types import InputError
-
     config = run_settings("grpo", tiny_model, tmp_path)
     config.backend.world_size = 8
     with pytest.raises(InputError, match=r"trainer\.prompts_per_step: got 5 under 8 processes"):

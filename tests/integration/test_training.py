@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import yaml
+from parallel_worker import LengthReward
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,19 +27,10 @@ from rlvr.config import CriticSettings, RunConfig, TrainerSettings, WandbSetting
 from rlvr.log import METRICS, read_metrics
 from rlvr.rewards.random import RandomReward
 from rlvr.trainer import Trainer
-from rlvr.types import Batch, InputError, Prompt, Rollout, SamplingPlan, Verdict
+from rlvr.types import Batch, InputError, Prompt, Rollout, Sampling, SamplingPlan, Verdict
 
 MakeConfig = Callable[..., RunConfig]
 FREE_PREFIXES = ("time/", "perf/", "memory/")
-
-
-@dataclass(frozen=True)
-class LengthReward:
-    """Correct when the response has an even number of characters: a random model gets mixed groups."""
-
-    def judge(self, prompts: list[Prompt], rollouts: list[Rollout]) -> list[Verdict]:
-        even = [len(rollout.text) % 2 == 0 for rollout in rollouts]
-        return [Verdict(float(good), good, "graded", rollout.text) for good, rollout in zip(even, rollouts, strict=True)]
 
 
 def numbers(run_dir: str) -> list[dict[str, Any]]:
@@ -233,6 +225,21 @@ def test_greedy_rows_are_scored_and_never_trained_on(run_config: MakeConfig) -> 
     assert "rollout/greedy_score_mean" in metrics
 
 
+def test_a_random_reward_tosses_a_coin_for_each_greedy_row_too(run_config: MakeConfig) -> None:
+    """With one coin for all of them, the control of an algorithm with a greedy baseline would not be one."""
+    settings = TrainerSettings(steps=1, prompts_per_step=32, responses_per_prompt=2)
+    trainer = Trainer(run_config(reward=RandomReward(), trainer=settings, algo=GRPO(plan=SamplingPlan(greedy=True))))
+    data = trainer.collector.collect(trainer.learner.algorithm, 0)
+    assert len({row.seed for row in (*data.greedy, *data.rollouts)}) == 32 + 64
+    scores = [row.verdict.score for row in data.greedy if row.verdict]
+    assert 8 <= sum(scores) <= 24
+
+
+def test_truncated_sampling_in_training_is_warned_of(run_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    Trainer(run_config(sampling=Sampling(max_new_tokens=4, top_p=0.9)))
+    assert "sampling.top_p" in capsys.readouterr().out
+
+
 ALGORITHMS = ("ppo", "grpo", "dr_grpo", "gspo", "cispo", "reinforce_pp", "reinforce_pp_baseline", "rloo", "remax", "dapo")
 
 
@@ -369,3 +376,4 @@ def test_length_penalty_reaches_rewards_and_not_correctness(run_config: MakeConf
     assert metrics["rollout/overlong_penalty_mean"] < -0.5
     assert 0 <= metrics["correct/mean"] <= 1
     assert metrics["policy/tokens"] < metrics["rollout/tokens"]
+    assert metrics["policy/rows"] < 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -15,8 +16,6 @@ def load() -> ModuleType:
     spec = importlib.util.spec_from_file_location("mutations", ROOT / "scripts" / "mutations.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    import sys
-
     sys.modules["mutations"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
@@ -35,4 +34,5 @@ def test_the_text_of_a_mutation_occurs_once(mutation: object) -> None:
 
 def test_every_algorithm_file_and_the_loop_are_mutated() -> None:
     files = {mutation.file for mutation in MUTATIONS}
-    assert {"maths.py", "update.py", "backend.py", "model.py", "rollout/collect.py", "algos/base.py"} <= files
+    algorithms = {f"algos/{path.name}" for path in (ROOT / "rlvr" / "algos").glob("*.py") if path.stem != "__init__"}
+    assert {"maths.py", "update.py", "backend.py", "model.py", "rollout/collect.py", *algorithms} <= files

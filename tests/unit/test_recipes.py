@@ -253,3 +253,9 @@ def test_recipes_travel_in_the_wheel(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "site", capture_output=True, text=True, check=True)
     assert Path(done.stdout.strip()) == tmp_path / "site" / "rlvr" / "recipes"
     assert (tmp_path / "site" / "rlvr" / "boundary" / "report_template.html.j2").is_file()
+
+
+def test_a_part_that_recipes_include_is_no_choice() -> None:
+    with pytest.raises(InputError, match="expected one of") as refused:
+        compose("train", ["experiment=limit_of_rlvr/_shared"])
+    assert "limit_of_rlvr/grpo" in str(refused.value) and "_shared," not in str(refused.value)

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from worked_example import (
+    GRPO_ADVANTAGE,
     WEIGHTED_ATOL,
     aggregate,
     close,
     example_batch,
+    example_logprobs,
     flat,
     mask,
     place_per_row,
@@ -162,3 +164,21 @@ def test_entropy_with_an_impossible_token() -> None:
         maths.entropy(value).backward()
     close(maths.entropy(logits), 0.8323955818, 1e-9)
     close(logits.grad, [*without.grad.tolist(), 0.0], 1e-12)
+
+
+def test_weights_outside_their_bounds_are_counted() -> None:
+    """One of 17 tokens has a weight above 2, and one more, 0.4966, is below 0.5."""
+    for low, wanted in ((0.0, 1 / 17), (0.5, 2 / 17)):
+        algorithm = GRPO(rollout_is="token", rollout_is_min=low)
+        found = algorithm.token_metrics(example_batch(), example_logprobs(), place_per_row(GRPO_ADVANTAGE))
+        close(maths.masked_mean(found["policy/rollout_weight_cut_fraction"], mask()), wanted, 1e-12)
+
+
+def test_the_clamp_of_k3_is_counted_and_bends_no_metric() -> None:
+    batch = example_batch()
+    far = batch.old_logprobs.clone()
+    far[0, 2] = batch.ref_logprobs[0, 2] - 4.0  # k3 = exp(4) - 5, far above 10
+    found = GRPO(kl_coef=0.1).token_metrics(batch, far, place_per_row(GRPO_ADVANTAGE))
+    close(found["policy/ref_kl_k3_nats"][0, 2], math.exp(4) - 5, 1e-9)
+    close(found["policy/ref_kl_clamped_fraction"][mask()].sum(), 1.0, 0)
+    assert "policy/ref_kl_clamped_fraction" not in GRPO(kl_coef=0.1, kl_estimator="k2").token_metrics(batch, far, far)
