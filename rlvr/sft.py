@@ -27,6 +27,7 @@ def run_sft(config: SftConfig) -> Path:
         folder = runs.check(config.run_dir, config)
     start_step = int(folder.resume_from.name.removeprefix("step_")) if folder.resume_from else 0
     if folder.resume_from and start_step >= config.sft.steps:
+        config.backend.stop()
         return folder.resume_from
     with config.backend.main_first():
         base = runs.base_model(config)
@@ -39,7 +40,9 @@ def run_sft(config: SftConfig) -> Path:
         runs.start(folder.path, config)
         kept = [row for row in read_metrics(folder.path / "metrics.jsonl") if row["step"] <= start_step]
         checkpoint.write_jsonl(folder.path / "metrics.jsonl", kept)
-    return _loop(config, folder.path, model, tokenizer, start_step)
+    saved = _loop(config, folder.path, model, tokenizer, start_step)
+    config.backend.stop()
+    return saved
 
 
 def _loop(config: SftConfig, folder: Path, model: TrainedModel, tokenizer: PreTrainedTokenizerBase, start_step: int) -> Path:

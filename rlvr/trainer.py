@@ -67,6 +67,7 @@ class Trainer:
         )
         self._save_s = 0.0
         self.log = None
+        self.backend.gather(None)  # every rank has checked the folder before rank 0 writes to it
         if self.is_main:
             runs.start(self.folder, config)
             self.log = MetricsLog(self.folder, self.step_number, config.wandb, to_mapping(config))

@@ -208,6 +208,10 @@ def test_dapo_with_equal_clips_is_grpo() -> None:
     assert torch.equal(ours.advantages(batch), theirs.advantages(batch))
 
 
+def test_the_clip_range_of_dapo_is_the_published_one() -> None:
+    assert (DAPO().clip_range, GRPO().clip_range) == ((0.2, 0.28), (0.2, 0.2))
+
+
 def test_whitening_is_standard_over_all_tokens_and_zero_for_one() -> None:
     white = maths.whiten(place(VALUES), mask())[mask()]
     close(white.mean(), 0.0, 1e-9)
