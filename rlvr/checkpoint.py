@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 
-STATE_FILE = "trainer_state/state.pt"
+from rlvr.backend import Backend
+
+STATE_FOLDER = "trainer_state"  # inside a checkpoint
+STATE_FILE = f"{STATE_FOLDER}/state.pt"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -43,21 +46,22 @@ def step_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / step_name(step)
 
 
-def save(run_dir: Path, step: int, write_model: Callable[[Path], None], state: dict[str, Any]) -> Path:
-    """Write ``checkpoints/step_N`` (a model folder plus ``trainer_state/``) and point ``latest`` at it."""
-    checkpoints = run_dir / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    folder = step_folder(run_dir, step)
+def save(run_dir: Path, step: int, write: Callable[[Path], None], state: dict[str, Any], backend: Backend) -> Path:
+    """``checkpoints/step_N``: what ``write(folder)`` puts there, on every rank, and ``state``; then ``latest`` names it."""
+    checkpoints, folder = run_dir / "checkpoints", step_folder(run_dir, step)
     partial = checkpoints / f".{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed while saving
-    partial.mkdir()
-    write_model(partial)
-    (partial / STATE_FILE).parent.mkdir()
-    torch.save({"step": step, **state}, partial / STATE_FILE)
-    if folder.exists():  # the same step again after a resume: same weights, newer files
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
-    write_text(checkpoints / "latest", folder.name + "\n")
+    if backend.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed while saving
+        (partial / STATE_FILE).parent.mkdir(parents=True)
+    backend.gather(None)  # the folder is there before any rank writes into it
+    write(partial)
+    backend.gather(None)  # and complete before it gets its name
+    if backend.rank == 0:
+        torch.save({"step": step, "processes": backend.world_size, **state}, partial / STATE_FILE)
+        if folder.exists():  # the same step again after a resume: same weights, newer files
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+        write_text(checkpoints / "latest", folder.name + "\n")
     return folder
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rlvr.errors import InputError
 
+DRY_RUN = "--dry-run"
 HELP = """\
 rlvr: reinforcement learning with verifiable rewards, and a measure of what it does to a model
 
@@ -20,12 +21,14 @@ verbs
   sft       experiment=NAME       supervised fine-tuning on (prompt, response) pairs
   boundary  models=[A,B] task=T   sample n answers per problem from every model, verify, estimate pass@k, compare
   report    DIR                   rebuild report.html of a run or of a boundary folder
+  doctor    [RUN_DIR]             what is installed, what works here and why the rest does not; or the state of a run
 
 examples
   rlvr train experiment=quickstart
   rlvr train experiment=quickstart algo.clip_eps_high=0.28 trainer.steps=5 run_dir=runs/clip_higher
   rlvr boundary models=[runs/countdown_base,runs/quickstart] task=countdown n=64 max_new_tokens=32 out=boundaries/mine
 
+train, sft and boundary take --dry-run: check the settings, print them all, do nothing.
 rlvr VERB --help says more. Exit codes: 0 done, 2 the input is wrong, 1 anything else, 130 interrupted (state saved).
 """
 
@@ -40,17 +43,21 @@ groups    experiment= algo= task= reward= model= engine= backend=     a file of 
 common    trainer.steps= trainer.prompts_per_step= trainer.responses_per_prompt= trainer.minibatch_prompts=
           optimizer.lr= sampling.temperature= sampling.max_new_tokens= boundary.n= boundary.every= (0: off)
           seed= run_dir= model.path= wandb.mode=online|offline, every algorithm setting under algo.
+--dry-run checks the settings and prints them with the share of each process; it opens no model and no data and writes
+          nothing.
 
 examples
   rlvr train experiment=quickstart seed=1 run_dir=runs/seed1
   rlvr train experiment=quickstart reward=random run_dir=runs/control
   rlvr train experiment=gsm8k_grpo model.path=Qwen/Qwen2.5-0.5B
   rlvr train experiment=quickstart algo=custom algo._target_=my_algo.MedianBaseline algo.scale=0.5 run_dir=runs/mine
+  rlvr train experiment=gsm8k_grpo trainer.minibatch_prompts=8 --dry-run
 """,
     "sft": """\
 rlvr sft experiment=NAME [key=value ...]
 
 Trains a model on (prompt, response) pairs and leaves it in RUN_DIR/checkpoints. A finished run is left as it is.
+--dry-run checks the settings and prints them.
 
 examples
   rlvr sft experiment=countdown_base
@@ -61,6 +68,8 @@ rlvr boundary models=[A,B,...] task=NAME out=DIR [n=256] [key=value ...]
 
 Each model is a Hugging Face folder, a run folder (its newest checkpoint) or a hub id; the first is the base of the
 comparisons. A re-run continues the samples in DIR.
+
+--dry-run checks the settings and prints them.
 
 keys      n= k=[1,8,64] problems= temperature= top_p= max_new_tokens= seed= engine= task.FIELD=
 
@@ -75,6 +84,19 @@ Rebuilds DIR/report.html from what is on disk. DIR is a run folder or a boundary
 example
   rlvr report runs/quickstart
 """,
+    "doctor": """\
+rlvr doctor [--quick] [RUN_DIR]
+
+Lists versions and devices and tries every engine and back end: a one-step run of a tiny random model each, in processes of
+their own with a time limit. --quick leaves the trying out. Exits with 0 when the default (engine=transformers
+backend=single) works, else 1.
+
+With a folder: how far that run is, whether its newest checkpoint can be read (exit code 1 when not), what continues it.
+
+examples
+  rlvr doctor
+  rlvr doctor runs/quickstart
+""",
 }
 
 
@@ -85,14 +107,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(HELP)
         return 0
     verb, rest = arguments[0], arguments[1:]
-    verbs: dict[str, Callable[[list[str]], None]] = {"train": train, "sft": sft, "boundary": boundary, "report": report}
+    verbs: dict[str, Callable[[list[str]], int | None]]
+    verbs = {"train": train, "sft": sft, "boundary": boundary, "report": report, "doctor": doctor}
     try:
         if verb not in verbs:
             raise InputError(f"rlvr: no verb {verb!r}, expected one of {', '.join(verbs)}; rlvr --help shows examples")
         if {"-h", "--help"} & set(rest):
             print(VERB_HELP[verb])
             return 0
-        verbs[verb](rest)
+        return verbs[verb](rest) or 0
     except InputError as error:
         if _is_main():
             lines = "\n".join(f"  {line}" for line in str(error).splitlines())
@@ -102,7 +125,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _is_main():
             print(f"\ninterrupted; what is done is saved. Continue with: {_command_line(arguments)}", file=sys.stderr)
         return 130
-    return 0
 
 
 def train(arguments: list[str]) -> None:
@@ -110,26 +132,37 @@ def train(arguments: list[str]) -> None:
     if {"model.path", "model.make"} & {word.partition("=")[0] for word in arguments} == {"model.path"}:
         settings["model"]["make"] = None  # the recipe knows how to make its own model, not one that the user names
     config = _read("RunConfig", settings)
+    if DRY_RUN in arguments:
+        return _show(config, _shares(config))
     _make_base(config.model, _config_dirs(arguments))
     from rlvr import runs
+    from rlvr.backend import reporting
     from rlvr.trainer import Trainer
 
     runs.refuse_finished(config)
-    Trainer(config).run()
+    with reporting(config.backend):
+        Trainer(config).run()
     if not _is_main():
         return
     print(f"\nreport: {Path(config.run_dir) / 'report.html'}\n{_summary(Path(config.run_dir))}")
 
 
 def sft(arguments: list[str]) -> None:
-    print(f"model: {_run_sft(_compose('sft', arguments))}")
+    settings = _compose("sft", arguments)
+    if DRY_RUN in arguments:
+        return _show(_read("SftConfig", settings))
+    print(f"model: {_run_sft(settings)}")
 
 
 def boundary(arguments: list[str]) -> None:
     config = _read("BoundaryConfig", _compose("boundary", arguments))
+    if DRY_RUN in arguments:
+        return _show(config)
+    from rlvr.backend import reporting
     from rlvr.boundary.evaluate import evaluate_paths
 
-    evaluate_paths(config)
+    with reporting(config.backend):
+        evaluate_paths(config)
     print(f"report: {Path(config.out) / 'report.html'}")
 
 
@@ -139,6 +172,40 @@ def report(arguments: list[str]) -> None:
     from rlvr.boundary.report import write_report
 
     print(f"report: {write_report(Path(arguments[0]))}")
+
+
+def doctor(arguments: list[str]) -> int:
+    from rlvr.doctor import doctor
+
+    return doctor(arguments)
+
+
+def _show(config: Any, note: str = "") -> None:
+    """Print the settings as ``config.yaml`` would hold them: every default filled in."""
+    import yaml
+
+    from rlvr.build import to_mapping
+
+    if _is_main():
+        print(yaml.safe_dump(to_mapping(config), sort_keys=False) + note)
+
+
+def _shares(config: Any) -> str:
+    """What each of the processes that torchrun counts in WORLD_SIZE would get, as a YAML comment. Refuses too many."""
+    from rlvr.backend import SingleBackend
+    from rlvr.config import check_processes
+
+    config.backend.world_size = processes = int(os.environ.get("WORLD_SIZE", "1"))  # as its start() would find
+    if processes > 1 and isinstance(config.backend, SingleBackend):
+        config.backend.start()  # refuses several before it does anything
+    check_processes(config)
+    trainer = config.trainer
+    least, rest = divmod(trainer.prompts_per_step, processes)
+    share = f"{least} to {least + 1}" if rest else str(least)
+    return (
+        f"# processes: {processes}, prompts per process and step: {share} (x {trainer.responses_per_prompt} responses), "
+        f"updates per step: {trainer.updates_per_step}"
+    )
 
 
 def _is_main() -> bool:
@@ -155,8 +222,10 @@ def _compose(primary: str, arguments: list[str]) -> dict[str, Any]:
             config_dirs.append(next(rest, ""))
         elif word.startswith("--config-dir="):
             config_dirs.append(word.partition("=")[2])
-        elif word.startswith("-"):
-            raise InputError(f"no option {word!r}, expected key=value settings or --config-dir DIR")
+        elif word.startswith("-") and word != DRY_RUN:
+            raise InputError(f"no option {word!r}, expected key=value settings, --config-dir DIR or {DRY_RUN}")
+        elif word == DRY_RUN:
+            continue
         else:
             overrides.append(word)
     sys.path.insert(0, "")  # a module of the user's in the current folder can be a component, as with python -m
@@ -182,9 +251,11 @@ def _read(schema: str, settings: dict[str, Any]) -> Any:
 
 def _run_sft(settings: dict[str, Any]) -> Path:
     config = _read("SftConfig", settings)
+    from rlvr.backend import reporting
     from rlvr.sft import run_sft
 
-    return run_sft(config)
+    with reporting(config.backend):
+        return run_sft(config)
 
 
 def _make_base(model: Any, config_dirs: list[str]) -> None:

@@ -26,10 +26,12 @@ class TrainerSettings:
     minibatch_prompts: int | None = None  # prompts per optimizer update; None: prompts_per_step
     epochs_per_rollout: int = 1
     checkpoint_every: int = 50  # steps; the last step is always saved
-    micro_batch_tokens: int = 16384  # padded tokens per forward pass; a memory setting that changes no number
+    micro_batch_tokens: int = 16384  # padded tokens per forward pass and rank; a memory setting that changes no number
+    packing: bool = False  # rows of a micro-batch one after another instead of padded side by side; no number changes
     max_prompt_tokens: int = 1024
     long_prompts: str = "error"  # error | drop (counted), for prompts above max_prompt_tokens
     max_crashed_fraction: float = 0.05  # of a step's verdicts; more stops the run
+    max_mismatch_nats: float | None = None  # mean |engine - trainer log-prob|; more stops the run. None: by precision
     save_rollouts_every: int = 10  # steps; 0: never
     reset_reference_every: int = 0  # steps; 0: the reference stays the starting model
 
@@ -49,6 +51,8 @@ class TrainerSettings:
                 f"minibatch_prompts: got {self.minibatch_prompts}, expected a divisor of prompts_per_step = "
                 f"{self.prompts_per_step}"
             )
+        if self.max_mismatch_nats is not None and not self.max_mismatch_nats > 0:
+            raise InputError(f"max_mismatch_nats: got {self.max_mismatch_nats}, expected above 0, or null")
         if self.long_prompts not in ("error", "drop"):
             raise InputError(f"long_prompts: got {self.long_prompts!r}, expected error or drop")
 
@@ -185,12 +189,18 @@ def cross_field_problems(config: RunConfig) -> Iterator[str]:
         yield f"data.ptx: not given with algo.c_ptx={algo.c_ptx}; name a source of pairs (data@data.ptx=pairs) or set it to 0"
     if config.data.ptx is not None and algo.c_ptx == 0:
         yield "algo.c_ptx: got 0, but data.ptx is given and would not be read; set algo.c_ptx above 0 or leave data.ptx out"
+    if config.model.lora is not None and trainer.reset_reference_every:
+        yield (
+            "trainer.reset_reference_every: got a reset together with model.lora, where the reference is the base with the "
+            "adapters off; set one of the two to 0 or null"
+        )
     if algo.plan.dynamic and trainer.responses_per_prompt < 2:
         yield "trainer.responses_per_prompt: got 1 with algo.plan.dynamic, where every group is flat; expected at least 2"
 
 
 def check_processes(config: RunConfig) -> None:
-    """Raise InputError when the started processes are more than the prompts they share."""
+    """Raise InputError when the started processes do not fit the engine, or are more than the prompts they share."""
+    check_engine_ranks(config.engine, config.backend)
     ranks, plan = config.backend.world_size, config.algo.plan
     sizes = {"trainer.prompts_per_step": config.trainer.prompts_per_step}
     if plan.dynamic and plan.gen_batch_prompts is not None:
@@ -200,6 +210,15 @@ def check_processes(config: RunConfig) -> None:
             raise InputError(
                 f"{key}: got {size} under {ranks} processes, expected at least one prompt for each; raise it or start fewer"
             )
+
+
+def check_engine_ranks(engine: Engine, backend: Backend) -> None:
+    """Raise InputError when the processes cannot be divided into engines."""
+    together = getattr(engine, "tensor_parallel_size", 1)
+    if backend.world_size % together:
+        raise InputError(
+            f"engine.tensor_parallel_size: got {together} under {backend.world_size} processes, expected a divisor of that"
+        )
 
 
 @dataclass(frozen=True)
@@ -242,6 +261,7 @@ class BoundaryConfig:
     task: Task
     out: str
     engine: Engine = field(default_factory=TransformersEngine)
+    backend: Backend = field(default_factory=SingleBackend)  # several processes share the samples
     n: int = 256
     k: list[int] | None = None
     problems: int | None = None

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlvr import maths
 from rlvr.backend import TrainedModel
+from rlvr.checkpoint import STATE_FOLDER
 from rlvr.config import RunConfig
-from rlvr.model import load_critic, load_policy, token_logprobs, token_values
+from rlvr.lora import merged_weights, without_adapter
+from rlvr.micro_batches import MicroBatcher
+from rlvr.model import load_critic, load_policy, load_trained
 from rlvr.rollout.batch import pair_batches
 from rlvr.rollout.engine import hash_seed
+from rlvr.scoring import CriticScorer, PolicyScorer, check_packing
 from rlvr.types import Batch
-from rlvr.update import UpdatePlan, critic_update, policy_update, score_rows
+from rlvr.update import UpdatePlan, critic_update, policy_update
+from rlvr.weights import copy_weights, write_model
 
-MISMATCH_ALERT_NATS = 1e-2  # mean k3 above this, with fresh weights, is a fault and not noise
+# Above these, the mean of |engine - trainer log-prob| per token is not rounding. Weights or caches in bfloat16 give 0.005 to
+# 0.02; float32 on both sides 1e-6.
+MISMATCH_NATS, MISMATCH_FLOAT32_NATS = 0.05, 1e-3
 
 
 class Learner:
@@ -29,40 +38,74 @@ class Learner:
     """
 
     def __init__(
-        self, config: RunConfig, base_path: str, start_path: str, tokenizer: PreTrainedTokenizerBase, state: dict[str, Any]
+        self,
+        config: RunConfig,
+        base_path: str,
+        tokenizer: PreTrainedTokenizerBase,
+        resume_from: Path | None,
+        state: dict[str, Any],
     ) -> None:
-        self.config, self.algorithm, self.backend = config, config.algo, config.backend
-        updates = config.trainer.steps * config.trainer.updates_per_step
-        dtype, backend = config.model.dtype, self.backend
-        policy = load_policy(start_path, dtype, config.model.gradient_checkpointing)
-        self.policy = backend.prepare(policy, config.optimizer, updates)
-        self.reference = backend.freeze(load_policy(base_path, dtype)) if self.algorithm.needs_reference else None
+        self.config, self.algorithm, self.backend, self.tokenizer = config, config.algo, config.backend, tokenizer
+        trainer, updates = config.trainer, config.trainer.steps * config.trainer.updates_per_step
+        self.batcher = MicroBatcher(config.backend, trainer.micro_batch_tokens, trainer.packing)
+        saved = resume_from / STATE_FOLDER if resume_from is not None else None
+        policy = self._policy_scorer(load_trained(config.model, base_path, resume_from, config.seed))
+        self.policy = self.backend.prepare(policy, config.optimizer, updates)
+        self.reference = None
+        if self.algorithm.needs_reference and config.model.lora is None:  # adapters switched off are the reference
+            kept = saved / "reference" if saved is not None else None
+            source = str(kept) if kept is not None and kept.is_dir() else base_path
+            self.reference = self.backend.freeze(self._policy_scorer(load_policy(source, config.model.dtype)))
         self.critic: TrainedModel | None = None
         if self.algorithm.needs_critic:
-            critic = load_critic(base_path, dtype)
-            if "critic" in state:
-                critic.load_state_dict(state["critic"]["weights"])
-            self.critic = backend.prepare(critic, config.critic.optimizer, updates)
+            source = str(saved / "critic_model") if saved is not None else base_path
+            critic = load_critic(source, config.model.dtype, new_head=saved is None)
+            self.critic = self.backend.prepare(CriticScorer(critic, trainer.packing), config.critic.optimizer, updates)
         self.ptx = self._pretraining_batches(tokenizer, state.get("step", 0))
-        if state:
-            self._restore(state)
+        if saved is not None:
+            self.policy.load_state(saved / "policy")
+            self.algorithm = replace(self.algorithm, kl_coef=state["kl_coef"])
+            if self.critic is not None:
+                self.critic.load_state(saved / "critic")
+        if trainer.packing:
+            for model in (self.policy, self.critic):
+                if model is not None:
+                    check_packing(model.module)
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.policy.load_state_dict(state["policy"])
-        self.algorithm = replace(self.algorithm, kl_coef=state["kl_coef"])
-        if self.critic is not None:
-            self.critic.load_state_dict(state["critic"])
-        if self.reference is not None and "reference" in state:
-            self.reference.load_state_dict(state["reference"])
+    def _policy_scorer(self, model: nn.Module) -> PolicyScorer:
+        return PolicyScorer(model, self.config.model.float32_head, self.config.trainer.packing)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What resuming needs beside the policy's weights."""
-        state: dict[str, Any] = {"policy": self.policy.state_dict(), "kl_coef": self.algorithm.kl_coef}
+    def save(self, folder: Path) -> None:
+        """The policy as a model folder, and in ``trainer_state/`` what resuming needs beside it. Every rank calls it."""
+        lora, saved = self.config.model.lora, folder / STATE_FOLDER
+        self.wake()
+        write_model(folder, self.policy.model, self.tokenizer, self.backend, merge=lora is not None and lora.merge_checkpoints)
+        self.policy.save_state(saved / "policy")
         if self.critic is not None:
-            state["critic"] = {"weights": dict(self.critic.weights()), **self.critic.state_dict()}
+            write_model(saved / "critic_model", self.critic.model, self.tokenizer, self.backend)
+            self.critic.save_state(saved / "critic")
         if self.reference is not None and self.config.trainer.reset_reference_every:
-            state["reference"] = self.reference.state_dict()
-        return state
+            write_model(saved / "reference", self.reference.model, self.tokenizer, self.backend)
+
+    def state(self) -> dict[str, Any]:
+        """The small part of what resuming needs."""
+        return {"kl_coef": self.algorithm.kl_coef}
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole tensor) of every parameter of the policy, adapters merged. Every rank iterates it."""
+        return merged_weights(self.policy.model, self.backend.gathered)
+
+    def sleep(self) -> None:
+        """Give device memory back to the engine, where the back end's settings say so."""
+        for model in self._trained():
+            model.sleep()
+
+    def wake(self) -> None:
+        for model in self._trained():
+            model.wake()
+
+    def _trained(self) -> list[TrainedModel]:
+        return [self.policy] if self.critic is None else [self.policy, self.critic]
 
     def _pretraining_batches(self, tokenizer: PreTrainedTokenizerBase, step: int) -> Iterator[Batch] | None:
         """One batch of ``data.ptx`` for each policy update, from where the run stands."""
@@ -75,18 +118,18 @@ class Learner:
 
     def score(self, batch: Batch) -> Batch:
         """Log-probs and values that stay fixed during the step, as far as the algorithm needs them."""
-        budget, temperature = self.config.trainer.micro_batch_tokens, self.config.sampling.temperature
+        policy, temperature = self.policy.module, self.config.sampling.temperature
         if self.algorithm.needs_old_logprobs or self.config.trainer.updates_per_step > 1:
-            module = self.policy.module
-            old, _ = score_rows(batch, lambda part: token_logprobs(module, part, temperature), budget, self.backend)
+            old, _ = self.batcher.score(batch, lambda part: policy(part.tokens, part.response_mask, temperature))
             batch = replace(batch, old_logprobs=old)
-        if self.reference is not None:
-            reference = self.reference
-            ref, _ = score_rows(batch, lambda part: token_logprobs(reference, part, temperature), budget, self.backend)
+        if self.algorithm.needs_reference:
+            reference = self.reference or policy
+            with nullcontext() if self.reference is not None else without_adapter(self.policy.model):
+                ref, _ = self.batcher.score(batch, lambda part: reference(part.tokens, part.response_mask, temperature))
             batch = replace(batch, ref_logprobs=ref)
         if self.critic is not None:
             critic = self.critic.module
-            values, final = score_rows(batch, lambda part: token_values(critic, part), budget, self.backend)
+            values, final = self.batcher.score(batch, lambda part: critic(part.tokens, part.response_mask))
             batch = replace(batch, values=values, final_values=final)
         return batch
 
@@ -99,7 +142,6 @@ class Learner:
         plan = UpdatePlan(
             prompts_per_minibatch=trainer.prompts_per_minibatch,
             epochs=trainer.epochs_per_rollout,
-            micro_batch_tokens=trainer.micro_batch_tokens,
             temperature=self.config.sampling.temperature,
             loss_agg_const=self.algorithm.loss_agg_const or self.config.sampling.max_new_tokens,
             shuffle_seed=hash_seed(self.config.seed, "minibatches", step),
@@ -107,21 +149,39 @@ class Learner:
         metrics: dict[str, float] = {}
         if self.critic is not None:
             targets = self.algorithm.value_targets(batch).detach()
-            metrics |= critic_update(self.critic, self.algorithm, batch, targets, plan, self.backend)
+            metrics |= critic_update(self.critic, self.algorithm, batch, targets, plan, self.batcher)
             if step < self.config.critic.warmup_steps:
                 return metrics | {"policy/updates": 0.0, "policy/entropy_nats": 0.0, "policy/grad_norm": 0.0}
-        policy_metrics, old = policy_update(self.policy, self.algorithm, batch, advantages, plan, self.backend, self.ptx)
+        policy_metrics, old = policy_update(self.policy, self.algorithm, batch, advantages, plan, self.batcher, self.ptx)
         mismatch = maths.mismatch_metrics(old, batch.rollout_logprobs, batch.response_mask)
-        if self.backend.rank == 0 and mismatch["mismatch/k3_kl"] > MISMATCH_ALERT_NATS:
-            tqdm.write(
-                f"warning: engine and trainer log-probs differ by {mismatch['mismatch/k3_kl']:.3g} nats (k3) on fresh weights; "
-                "suspect the temperature, the weight sync or the precision"
-            )
+        self._refuse_stale_engine(mismatch, f"the responses of step {step + 1}")
         self._adapt_kl_coef(old, batch)
         reset = trainer.reset_reference_every
         if self.reference is not None and reset and (step + 1) % reset == 0:
-            self.reference.load_state_dict(dict(self.policy.weights()))
+            copy_weights(self.policy.model, self.reference.model, self.backend)
         return metrics | policy_metrics | mismatch
+
+    def check_engine(self, batch: Batch) -> None:
+        """Raise RuntimeError when the log-probs of a few responses of the engine are not those of the policy."""
+        policy, temperature = self.policy.module, self.config.sampling.temperature
+        own, _ = self.batcher.score(batch, lambda part: policy(part.tokens, part.response_mask, temperature))
+        found = maths.mismatch_metrics(own, batch.rollout_logprobs, batch.response_mask)
+        self._refuse_stale_engine(found, "a first trial of the engine")
+
+    def _refuse_stale_engine(self, mismatch: Mapping[str, float], where: str) -> None:
+        config, gap = self.config, mismatch.get("mismatch/abs_diff_mean", 0.0)
+        limit = config.trainer.max_mismatch_nats
+        if limit is None:
+            float32 = config.model.dtype == "float32" and getattr(config.backend, "precision", None) == "no"
+            exact = float32 and getattr(config.engine, "dtype", None) == "float32"
+            truncated = config.sampling.top_p < 1 or config.sampling.top_k  # the engine's is then another distribution
+            limit = math.inf if truncated else MISMATCH_FLOAT32_NATS if exact else MISMATCH_NATS
+        if not gap <= limit:
+            raise RuntimeError(
+                f"in {where}, log-probs of engine and trainer differ by {gap:.3g} nats in the mean, more than {limit:.3g} "
+                "(trainer.max_mismatch_nats): the engine holds other weights, temperature or precision than the trainer. The "
+                "run stops; the last checkpoint is sound"
+            )
 
     def _adapt_kl_coef(self, old_logprobs: Tensor, batch: Batch) -> None:
         """After the batch was shaped with the old coefficient: the next one, from the KL of the weights that drew the batch."""

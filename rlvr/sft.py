@@ -14,10 +14,13 @@ from rlvr.backend import TrainedModel
 from rlvr.config import SftConfig
 from rlvr.interrupt import StopRequest
 from rlvr.log import read_metrics
-from rlvr.model import load_policy, load_tokenizer
+from rlvr.micro_batches import MicroBatcher
+from rlvr.model import load_tokenizer, load_trained
 from rlvr.rollout.batch import pair_batches
+from rlvr.scoring import PolicyScorer
 from rlvr.types import Batch
 from rlvr.update import add_pretraining_loss
+from rlvr.weights import write_model
 
 
 def run_sft(config: SftConfig) -> Path:
@@ -32,10 +35,10 @@ def run_sft(config: SftConfig) -> Path:
     with config.backend.main_first():
         base = runs.base_model(config)
     tokenizer = load_tokenizer(base)
-    policy = load_policy(str(folder.resume_from or base), config.model.dtype)
-    model = config.backend.prepare(policy, config.optimizer, config.sft.steps)
+    scorer = PolicyScorer(load_trained(config.model, base, folder.resume_from, config.seed), config.model.float32_head)
+    model = config.backend.prepare(scorer, config.optimizer, config.sft.steps)
     if folder.resume_from:
-        model.load_state_dict(checkpoint.load_state(folder.resume_from)["policy"])
+        model.load_state(folder.resume_from / checkpoint.STATE_FOLDER / "policy")
     if config.backend.rank == 0:
         runs.start(folder.path, config)
         kept = [row for row in read_metrics(folder.path / "metrics.jsonl") if row["step"] <= start_step]
@@ -48,11 +51,17 @@ def run_sft(config: SftConfig) -> Path:
 def _loop(config: SftConfig, folder: Path, model: TrainedModel, tokenizer: PreTrainedTokenizerBase, start_step: int) -> Path:
     settings, backend = config.sft, config.backend
     batches = pair_batches(tokenizer, config.data, settings.batch_size, skip=start_step)
-    saved, main = folder, backend.rank == 0
+    saved, main, lora = folder, backend.rank == 0, config.model.lora
+
+    def write(path: Path) -> None:
+        write_model(path, model.model, tokenizer, backend, merge=lora is not None and lora.merge_checkpoints)
+        model.save_state(path / checkpoint.STATE_FOLDER / "policy")
+
     progress = tqdm(total=settings.steps, initial=start_step, unit="step", desc="sft", disable=not main)
     with StopRequest() as stop, progress as bar:
         for step in range(start_step + 1, settings.steps + 1):
             started = time.perf_counter()
+            backend.phase(f"step {step}")
             metrics = sft_step(config, model, next(batches))
             metrics["time/step_s"] = time.perf_counter() - started
             if main and (step % settings.log_every == 0 or step == settings.steps):
@@ -63,10 +72,7 @@ def _loop(config: SftConfig, folder: Path, model: TrainedModel, tokenizer: PreTr
             stopping = any(backend.gather(stop.requested))  # together: a rank alone would wait for the others for ever
             due = settings.checkpoint_every is not None and step % settings.checkpoint_every == 0
             if due or stopping or step == settings.steps:
-                state = {"policy": model.state_dict()}
-                if main:
-                    checkpoint.save(folder, step, lambda path: model.save(path, tokenizer), state)
-                saved = checkpoint.step_folder(folder, step)
+                saved = checkpoint.save(folder, step, write, {}, backend)
             if stopping and step < settings.steps:
                 raise KeyboardInterrupt
     return saved
@@ -75,5 +81,6 @@ def _loop(config: SftConfig, folder: Path, model: TrainedModel, tokenizer: PreTr
 def sft_step(config: SftConfig, model: TrainedModel, batch: Batch) -> dict[str, float]:
     """One update on the mean negative log-prob per response token; the prompt carries no loss."""
     backend = config.backend
-    share = add_pretraining_loss(model, batch.to(backend.device), 1.0, config.sft.micro_batch_tokens, backend)
+    batcher = MicroBatcher(backend, config.sft.micro_batch_tokens)
+    share = add_pretraining_loss(model, batch.to(backend.device), 1.0, batcher)
     return {"sft/loss_nats": sum(backend.gather(share)), "sft/grad_norm": model.step(), "sft/lr": model.lr}

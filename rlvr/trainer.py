@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -18,10 +19,12 @@ from rlvr.learner import Learner
 from rlvr.log import MetricsLog, console_line
 from rlvr.model import encode_prompt, load_tokenizer
 from rlvr.rewards import bind_verifier
-from rlvr.rollout.batch import make_batch
-from rlvr.rollout.collect import Collector, timed
+from rlvr.rollout.batch import make_batch, rollout_batch
+from rlvr.rollout.collect import Collector
 from rlvr.rollout.metrics import rollout_metrics, rollout_rows
 from rlvr.types import InputError, Prompt, StepData
+
+T = TypeVar("T")
 
 
 class Trainer:
@@ -50,9 +53,8 @@ class Trainer:
             evaluation_prompts(config.task, config.boundary)  # refused now rather than after the training
         state = checkpoint.load_state(folder.resume_from) if folder.resume_from else {}
         self.step_number: int = state.get("step", 0)
-        start_path = str(folder.resume_from or self.base_path)
-        self.learner = Learner(config, self.base_path, start_path, self.tokenizer, state)
-        config.engine.load(start_path, [self.tokenizer.eos_token_id])
+        self.learner = Learner(config, self.base_path, self.tokenizer, folder.resume_from, state)
+        config.engine.load(str(folder.resume_from or self.base_path), [self.tokenizer.eos_token_id])
         self.stream = PromptStream(prompts, config.seed, state.get("prompts_taken", 0))
         self.collector = Collector(
             config.engine,
@@ -65,6 +67,7 @@ class Trainer:
             config.seed,
             self.backend,
         )
+        self.learner.check_engine(rollout_batch(self.collector.trial(), self.tokenizer.pad_token_id).to(self.device))
         self._save_s = 0.0
         self.log = None
         self.backend.gather(None)  # every rank has checked the folder before rank 0 writes to it
@@ -73,13 +76,12 @@ class Trainer:
             self.log = MetricsLog(self.folder, self.step_number, config.wandb, to_mapping(config))
 
     def run(self) -> None:
-        """Train, then evaluate the base and the checkpoints and write the report (rank 0 does, the others are done)."""
+        """Train, then evaluate the base and the checkpoints and write the report."""
         self.train()
         self.close()
-        self.backend.stop()
-        if self.is_main:
-            evaluate_run(self.config, self.base_path)
+        evaluate_run(self.config, self.base_path)
         self.config.engine.close()
+        self.backend.stop()
 
     def train(self) -> None:
         """Train to ``trainer.steps``. Ctrl-C finishes the step, saves and raises KeyboardInterrupt; again, it stops at once."""
@@ -97,22 +99,23 @@ class Trainer:
 
     def step(self) -> dict[str, float]:
         """One rollout batch and all its updates; logs and saves when due. Returns the step's metrics."""
-        config, started = self.config, time.perf_counter()
-        spent = {"time/save_s": self._save_s}
+        config, started, self._spent = self.config, time.perf_counter(), {"time/save_s": self._save_s}
         algorithm = self.learner.algorithm  # whose KL coefficient may move with the step
+        self._enter("generate")
         data = self.collector.collect(algorithm, self.step_number)
         config.engine.sleep()
+        self.learner.wake()
         self._refuse_crashes(data)
         pad = self.tokenizer.pad_token_id
-        batch = timed(spent, "time/batch_s", lambda: make_batch(data, algorithm.plan, config.sampling, pad))
-        batch = timed(spent, "time/score_s", lambda: self.learner.score(batch.to(self.device)))
-        advantages = timed(spent, "time/advantages_s", lambda: algorithm.advantages(batch).detach())
-        metrics = timed(spent, "time/update_s", lambda: self.learner.update(batch, advantages, self.step_number))
+        batch = self._timed("batch", lambda: make_batch(data, algorithm.plan, config.sampling, pad))
+        batch = self._timed("score", lambda: self.learner.score(batch.to(self.device)))
+        advantages = self._timed("advantages", lambda: algorithm.advantages(batch).detach())
+        metrics = self._timed("update", lambda: self.learner.update(batch, advantages, self.step_number))
+        self._timed("sync", self._sync_engine)
         self.step_number += 1
-        timed(spent, "time/sync_s", self._sync_engine)
         metrics |= rollout_metrics(data, batch, advantages, config.trainer.responses_per_prompt)
         metrics["data/epoch"] = self.stream.epoch
-        metrics |= data.timings_s | spent
+        metrics |= data.timings_s | self._spent
         metrics["time/step_s"] = time.perf_counter() - started
         metrics["perf/rollout_tokens_per_s"] = metrics["rollout/tokens"] / metrics["time/generate_s"]
         metrics["perf/step_tokens_per_s"] = metrics["rollout/tokens"] / metrics["time/step_s"]
@@ -125,11 +128,22 @@ class Trainer:
         self._save_s = time.perf_counter() - saving
         return metrics
 
+    def _enter(self, phase: str) -> None:
+        self.backend.phase(f"step {self.step_number + 1}: {phase}")
+
+    def _timed(self, phase: str, call: Callable[[], T]) -> T:
+        """Run ``call`` as a phase of the step, with its wall time in the metrics."""
+        self._enter(phase)
+        start = time.perf_counter()
+        result = call()
+        self._spent[f"time/{phase}_s"] = time.perf_counter() - start
+        return result
+
     def save(self) -> None:
         """Write a checkpoint of this step: a plain Hugging Face folder and the state to resume from."""
-        state = {"prompts_taken": self.stream.taken, **self.learner.state_dict()}
-        if self.is_main:
-            checkpoint.save(self.folder, self.step_number, lambda path: self.learner.policy.save(path, self.tokenizer), state)
+        self.backend.phase(f"save after step {self.step_number}")
+        state = {"prompts_taken": self.stream.taken, **self.learner.state()}
+        checkpoint.save(self.folder, self.step_number, self.learner.save, state, self.backend)
 
     def close(self) -> None:
         """Flush the logs. The engine stays loaded: evaluation reuses it."""
@@ -137,7 +151,8 @@ class Trainer:
             self.log.close()
 
     def _sync_engine(self) -> None:
-        self.config.engine.update_weights(self.learner.policy.weights())
+        self.config.engine.update_weights(self.learner.weights())
+        self.learner.sleep()
         self.config.engine.wake()
 
     def _usable_prompts(self, prompts: Any) -> list[Prompt]:

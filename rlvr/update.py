@@ -1,4 +1,4 @@
-"""One rollout batch into optimizer updates: minibatches, ranks, micro-batches, weights, losses, metrics.
+"""One rollout batch into optimizer updates: minibatches, weights, losses, metrics.
 
 The weight of every token is fixed over all rows of an update, all ranks, before the first forward pass, so dealing the rows
 to ranks and cutting them into micro-batches changes memory and speed and no gradient.
@@ -6,7 +6,7 @@ to ranks and cutting them into micro-batches changes memory and speed and no gra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from rlvr import maths
 from rlvr.algos import Algorithm
 from rlvr.backend import Backend, TrainedModel
-from rlvr.model import token_logprobs, token_values
+from rlvr.micro_batches import MicroBatcher
 from rlvr.types import Batch
 
 
@@ -48,60 +48,16 @@ def minibatches(groups: Tensor, prompts_per_minibatch: int, epochs: int, seed: i
             yield torch.isin(groups, chosen).nonzero().squeeze(1)
 
 
-def micro_batches(mask: Tensor, rows: Tensor, budget_tokens: int, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
-    """Cut a rank's share of the rows into parts whose padded size (rows x longest) stays within the budget.
-
-    Rows are sorted by length and dealt to the ranks in turn, so that shares are alike and little padding is computed. A
-    single row longer than the budget is a part of its own.
-    """
-    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    widths = (mask[rows] * columns).amax(1)  # [b] position after the last response token
-    order = torch.argsort(widths, stable=True)[rank::world_size]
-    part: list[int] = []
-    for index in order.tolist():
-        if part and (len(part) + 1) * int(widths[index]) > budget_tokens:
-            yield rows[torch.tensor(part, device=rows.device)]
-            part = []
-        part.append(index)
-    if part:
-        yield rows[torch.tensor(part, device=rows.device)]
-
-
-@torch.no_grad()
-def score_rows(
-    batch: Batch, score: Callable[[Batch], tuple[Tensor, Tensor]], budget_tokens: int, backend: Backend
-) -> tuple[Tensor, Tensor]:
-    """Both results of ``score(part)``, each ``[b, t]`` or ``[b]``, put together over the batch: ``[B, T]`` or ``[B]``.
-
-    Each rank scores its share; one without a row scores the first, for the shapes alone.
-    """
-    whole: list[Tensor] = []
-    everything = torch.arange(len(batch), device=batch.tokens.device)
-    share = list(micro_batches(batch.response_mask, everything, budget_tokens, backend.rank, backend.world_size))
-    for rows in share or [everything[:1]]:
-        parts = score(batch.select(rows).trim())
-        if not whole:
-            whole = [torch.zeros(batch.tokens.shape[: p.ndim], dtype=p.dtype, device=p.device) for p in parts]
-        for result, part in zip(whole, parts if share else (), strict=bool(share)):
-            if part.ndim == 1:
-                result[rows] = part
-            else:
-                result[rows, : part.shape[1]] = part
-    return backend.sum(whole[0]), backend.sum(whole[1])
-
-
-def add_pretraining_loss(model: TrainedModel, batch: Batch, coefficient: float, budget_tokens: int, backend: Backend) -> float:
+def add_pretraining_loss(model: TrainedModel, batch: Batch, coefficient: float, batcher: MicroBatcher) -> float:
     """Add the gradient of ``coefficient`` x the mean negative log-prob per response token of a batch of pairs.
 
     Returns this rank's share of that mean, in nats. The denominator is the batch's own number of tokens, all ranks. It is
     supervised fine-tuning's loss, and the pretraining term of InstructGPT (arXiv 2203.02155), eq. 2.
     """
     weights = maths.token_weights(batch.response_mask, "token-mean")
-    everything = torch.arange(len(batch), device=batch.tokens.device)
     total = 0.0
-    for rows in micro_batches(batch.response_mask, everything, budget_tokens, backend.rank, backend.world_size):
-        part = batch.select(rows).trim()
-        logprobs, _ = token_logprobs(model.module, part, temperature=1.0)
+    for rows, part in batcher.parts(batch):
+        logprobs, _ = model.module(part.tokens, part.response_mask, 1.0)
         loss = -(logprobs * weights[rows, : logprobs.shape[1]]).sum()
         model.backward(coefficient * loss)
         total += float(loss.detach())
@@ -114,7 +70,6 @@ class UpdatePlan:
 
     prompts_per_minibatch: int
     epochs: int
-    micro_batch_tokens: int
     temperature: float
     loss_agg_const: float  # tokens, for loss_agg = seq-mean-token-sum-const
     shuffle_seed: int
@@ -133,7 +88,7 @@ def policy_update(
     batch: Batch,
     advantages: Tensor,
     plan: UpdatePlan,
-    backend: Backend,
+    batcher: MicroBatcher,
     ptx: Iterator[Batch] | None = None,
 ) -> tuple[dict[str, float], Tensor]:
     """All updates of the policy on one rollout batch; every rank takes its share of the rows of each.
@@ -149,15 +104,15 @@ def policy_update(
     for rows in parts:
         weights = maths.token_weights(mask[rows], algorithm.loss_agg, groups=batch.groups[rows], constant=plan.loss_agg_const)
         row_weights = torch.zeros_like(batch.rollout_logprobs).index_copy(0, rows, weights)  # [B, T]
-        for micro in micro_batches(batch.response_mask, rows, plan.micro_batch_tokens, backend.rank, backend.world_size):
-            part = batch.select(micro).trim()
+        for micro, part in batcher.parts(batch, rows):
             width = part.tokens.shape[1]
-            weight, advantage = row_weights[micro, :width], advantages[micro, :width]
-            logprobs, entropy = token_logprobs(policy.module, part, plan.temperature, algorithm.c_ent != 0)
+            weight = maths.where_mask(row_weights[micro, :width], part.response_mask)
+            advantage = advantages[micro, :width]
+            logprobs, entropy = policy.module(part.tokens, part.response_mask, plan.temperature, algorithm.c_ent != 0)
             if on_policy:  # the ratio is then exactly 1: recomputed log-probs would differ by rounding
                 part = replace(part, old_logprobs=logprobs.detach())
             if start is not None:
-                start[micro, :width] = logprobs.detach()
+                start[micro, :width] += logprobs.detach()
             token_loss = algorithm.token_loss(part, logprobs, advantage)
             loss = (maths.where_mask(token_loss, weight > 0) * weight).sum()
             if algorithm.c_ent != 0:
@@ -168,11 +123,11 @@ def policy_update(
             for name, values in algorithm.token_metrics(part, logprobs.detach(), advantage).items():
                 means.add(name, values, part.response_mask)
         if ptx is not None:
-            ptx_share += add_pretraining_loss(policy, next(ptx), algorithm.c_ptx, plan.micro_batch_tokens, backend)
+            ptx_share += add_pretraining_loss(policy, next(ptx), algorithm.c_ptx, batcher)
         norms.append(policy.step())
-    shares = backend.gather((loss_share, ptx_share))
+    shares = batcher.backend.gather((loss_share, ptx_share))
     metrics = {
-        **means.means(backend),
+        **means.means(batcher.backend),
         "policy/loss": sum(loss for loss, _ in shares) / len(parts),
         "policy/grad_norm": sum(norms) / len(norms),
         "policy/lr": policy.lr,
@@ -180,17 +135,18 @@ def policy_update(
         "policy/rows": float(mask.any(1).sum()),
         "policy/tokens": float(mask.sum()),
         "policy/updates": float(len(parts)),
+        "policy/skipped_updates": float(policy.skipped_updates),
     }
     if ptx is not None:
         metrics["policy/ptx_loss_nats"] = sum(loss for _, loss in shares) / len(parts)
     if start is not None:
-        return metrics, backend.sum(start)
+        return metrics, batcher.backend.sum(start)
     assert batch.old_logprobs is not None
     return metrics, batch.old_logprobs
 
 
 def critic_update(
-    critic: TrainedModel, algorithm: Algorithm, batch: Batch, targets: Tensor, plan: UpdatePlan, backend: Backend
+    critic: TrainedModel, algorithm: Algorithm, batch: Batch, targets: Tensor, plan: UpdatePlan, batcher: MicroBatcher
 ) -> dict[str, float]:
     """All updates of the critic on one rollout batch, same minibatches as the policy; its own token mean."""
     means, norms, loss_share, count = TokenMeans(), [], 0.0, 0
@@ -198,11 +154,10 @@ def critic_update(
     for rows in minibatches(batch.groups, plan.prompts_per_minibatch, plan.epochs, plan.shuffle_seed):
         weights = torch.zeros_like(batch.rollout_logprobs)
         weights[rows] = maths.token_weights(mask[rows], "token-mean")
-        for micro in micro_batches(batch.response_mask, rows, plan.micro_batch_tokens, backend.rank, backend.world_size):
-            part = batch.select(micro).trim()
+        for micro, part in batcher.parts(batch, rows):
             width = part.tokens.shape[1]
-            values, _ = token_values(critic.module, part)
-            weight, target = weights[micro, :width], targets[micro, :width]
+            values, _ = critic.module(part.tokens, part.response_mask)
+            weight, target = maths.where_mask(weights[micro, :width], part.response_mask), targets[micro, :width]
             value_loss = algorithm.value_loss(part, values, target)
             loss = algorithm.c_v * (maths.where_mask(value_loss, weight > 0) * weight).sum()
             critic.backward(loss)
@@ -214,8 +169,8 @@ def critic_update(
     assert batch.values is not None
     returns, residuals = targets[batch.response_mask], (targets - batch.values)[batch.response_mask]
     return {
-        **means.means(backend),
-        "critic/loss": sum(backend.gather(loss_share)) / count,
+        **means.means(batcher.backend),
+        "critic/loss": sum(batcher.backend.gather(loss_share)) / count,
         "critic/grad_norm": sum(norms) / len(norms),
         "critic/lr": critic.lr,
         "critic/return_mean": float(returns.mean()),

@@ -281,7 +281,7 @@ MUTATIONS = (
     Mutation(
         "stale weights in the engine",
         "trainer.py",
-        "self.config.engine.update_weights(self.learner.policy.weights())",
+        "self.config.engine.update_weights(self.learner.weights())",
         "pass",
         (*LOOP, "-k", "stale or engine or documented or rises"),
     ),

@@ -11,16 +11,18 @@ from typing import Any
 from tqdm import tqdm
 
 from rlvr import checkpoint
+from rlvr.backend import Backend
 from rlvr.boundary.estimators import crossover, mean_interval, paired_difference, problem_curve, solvable_sets
 from rlvr.boundary.report import write_report
 from rlvr.boundary.store import SampleStore
 from rlvr.build import to_mapping
-from rlvr.config import BoundaryConfig, BoundarySettings, RunConfig
+from rlvr.config import BoundaryConfig, BoundarySettings, RunConfig, check_engine_ranks
 from rlvr.model import load_tokenizer, resolve_path
 from rlvr.rewards import grade
 from rlvr.rollout import Engine
 from rlvr.rollout.collect import draw
 from rlvr.rollout.engine import hash_seed
+from rlvr.rollout.shares import Shares
 from rlvr.tasks import Task
 from rlvr.types import InputError, Prompt, Sampling
 
@@ -44,11 +46,16 @@ def evaluate(
     engine: Engine,
     settings: BoundarySettings,
     sampling: Sampling,
-) -> dict[str, Any]:
-    """Fill the sample stores, write ``boundary.json``, and return it. The first model is the one others are compared with."""
+    backend: Backend,
+) -> None:
+    """Fill the sample stores and write ``boundary.json``. The first model is the one others are compared with.
+
+    Every rank calls it and draws a share of the samples; rank 0 keeps the stores and writes.
+    """
     prompts = evaluation_prompts(task, settings)
-    checkpoint.write_jsonl(folder / "problems.jsonl", [{"id": p.id, "text": p.text, "gold": p.gold} for p in prompts])
-    entries = []
+    main, entries = backend.rank == 0, []
+    if main:
+        checkpoint.write_jsonl(folder / "problems.jsonl", [{"id": p.id, "text": p.text, "gold": p.gold} for p in prompts])
     for model in models:
         identity = {
             "model": model.path,
@@ -57,21 +64,22 @@ def evaluate(
             "sampling": asdict(sampling),
             "seed": settings.seed,
         }
-        store = SampleStore(folder, model.name, task.name, identity)
-        fill(store, model, prompts, task, engine, settings, sampling)
-        entries.append(_model_entry(model, store, prompts, settings))
-    result = {
-        "task": task.name,
-        "n": settings.n,
-        "k": settings.ks(),
-        "sampling": {**asdict(sampling), "seed": settings.seed},
-        "estimand": "population",
-        "sampled_distinct": all(entry.pop("distinct_seeds") for entry in entries),
-        "models": entries,
-        "comparisons": [_comparison(entries[0], entry, settings) for entry in entries[1:]],
-    }
-    checkpoint.write_json(folder / "boundary.json", result)
-    return result
+        store = SampleStore(folder, model.name, task.name, identity) if main else None
+        fill(store, model, prompts, task, engine, settings, sampling, backend)
+        if store is not None:
+            entries.append(_model_entry(model, store, prompts, settings))
+    if main:
+        result = {
+            "task": task.name,
+            "n": settings.n,
+            "k": settings.ks(),
+            "sampling": {**asdict(sampling), "seed": settings.seed},
+            "estimand": "population",
+            "sampled_distinct": all(entry.pop("distinct_seeds") for entry in entries),
+            "models": entries,
+            "comparisons": [_comparison(entries[0], entry, settings) for entry in entries[1:]],
+        }
+        checkpoint.write_json(folder / "boundary.json", result)
 
 
 def evaluation_prompts(task: Task, settings: BoundarySettings) -> list[Prompt]:
@@ -85,36 +93,46 @@ def evaluation_prompts(task: Task, settings: BoundarySettings) -> list[Prompt]:
 
 
 def fill(
-    store: SampleStore,
+    store: SampleStore | None,
     model: EvaluatedModel,
     prompts: Sequence[Prompt],
     task: Task,
     engine: Engine,
     settings: BoundarySettings,
     sampling: Sampling,
+    backend: Backend,
 ) -> None:
-    """Draw the samples that the store lacks. Each has its own seed, so it does not matter in how many sittings."""
-    at_hand = store.sample_ids()
+    """Draw the samples that the store lacks; ``store`` is None on ranks other than 0.
+
+    Each sample has its own seed, so it does not matter in how many sittings or by which rank it is drawn.
+    """
+    at_hand = backend.gather(store.sample_ids() if store is not None else {})[0]
     missing = [(p, i) for p in prompts for i in range(settings.n) if i not in at_hand.get(p.id, ())]
     total = len(prompts) * settings.n
     if not missing:
         return
     tokenizer = load_tokenizer(model.path)
     engine.load(model.path, [tokenizer.eos_token_id])
-    reward = task.reward()
-    with tqdm(total=total, initial=total - len(missing), unit="answer", desc=f"evaluate {model.name}") as bar:
-        for start in range(0, len(missing), SAMPLES_PER_CALL):
-            chunk = missing[start : start + SAMPLES_PER_CALL]
-            by_prompt: dict[str, list[int]] = {}
-            for prompt, index in chunk:
-                by_prompt.setdefault(prompt.id, []).append(index)
-            asked = [prompt for prompt in prompts if prompt.id in by_prompt]
-            seeds = [[hash_seed("boundary", settings.seed, p.id, i) for i in by_prompt[p.id]] for p in asked]
-            groups, _ = draw(engine, tokenizer, asked, seeds, sampling, model.step, [by_prompt[p.id] for p in asked])
-            rows = [row for group in groups for row in group]
-            judged = [prompt for prompt, group in zip(asked, groups, strict=True) for _ in group]
-            store.append(grade(reward, judged, rows))
-            bar.update(len(chunk))
+    reward, shares = task.reward(), Shares(engine, backend)
+    size, initial = SAMPLES_PER_CALL * shares.engines, total - len(missing)
+    with tqdm(total=total, initial=initial, unit="answer", desc=f"evaluate {model.name}", disable=store is None) as bar:
+        for start in range(0, len(missing), size):
+            backend.phase(
+                f"evaluate {model.name}: answers {initial + start} to {min(initial + start + size, total)} of {total}"
+            )
+            wanted: dict[str, list[int]] = {}
+            for prompt, index in missing[start : start + size]:
+                wanted.setdefault(prompt.id, []).append(index)
+            asked = [prompt for prompt in prompts if prompt.id in wanted]
+            own = shares.drawn(asked)
+            seeds = [[hash_seed("boundary", settings.seed, p.id, i) for i in wanted[p.id]] for p in own]
+            groups = draw(engine, tokenizer, own, seeds, sampling, model.step, [wanted[p.id] for p in own])
+            graded = [(own[place], groups[place]) for place in shares.graded(len(own))]
+            verdicts = iter(grade(reward, [p for p, rows in graded for _ in rows], [row for _, rows in graded for row in rows]))
+            done = shares.gather([[next(verdicts) for _ in rows] for _, rows in graded], len(asked))
+            if store is not None:
+                store.append(row for rows in done for row in rows)
+            bar.update(sum(map(len, done)))
 
 
 def _model_entry(
@@ -180,8 +198,9 @@ def evaluate_run(config: RunConfig, base_path: str) -> None:
     if config.boundary.every != 0:
         sampling = config.boundary.sampling(config.sampling)
         models = run_models(config, base_path)
-        evaluate(folder / "boundary", models, config.task, config.engine, config.boundary, sampling)
-    write_report(folder)
+        evaluate(folder / "boundary", models, config.task, config.engine, config.boundary, sampling, config.backend)
+    if config.backend.rank == 0:
+        write_report(folder)
 
 
 def evaluate_paths(config: BoundaryConfig) -> None:
@@ -192,8 +211,13 @@ def evaluate_paths(config: BoundaryConfig) -> None:
     models = [EvaluatedModel(*fields) for fields in zip(names, paths, steps, strict=True)]
     settings = config.settings()
     sampling = settings.sampling(Sampling(config.max_new_tokens))
-    evaluate(Path(config.out), models, config.task, config.engine, settings, sampling)
-    write_report(Path(config.out))
+    config.backend.start()
+    check_engine_ranks(config.engine, config.backend)
+    evaluate(Path(config.out), models, config.task, config.engine, settings, sampling, config.backend)
+    if config.backend.rank == 0:
+        write_report(Path(config.out))
+    config.engine.close()
+    config.backend.stop()
 
 
 def unique_names(paths: Sequence[str]) -> list[str]:

@@ -14,8 +14,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlvr.maths import row_sum
-from rlvr.model import encode_prompt, token_logprobs
+from rlvr.model import encode_prompt
 from rlvr.rollout.batch import pad_rows
+from rlvr.scoring import PolicyScorer
 from rlvr.types import Prompt
 
 
@@ -42,11 +43,11 @@ def solve_probabilities(
             rows.append((index, question, (*tokenizer(answer)["input_ids"], tokenizer.eos_token_id)))
     rows.sort(key=lambda row: len(row[1]) + len(row[2]))
     probabilities = [0.0] * len(prompts)
-    device = next(model.parameters()).device
+    scorer, device = PolicyScorer(model), next(model.parameters()).device
     for start in range(0, len(rows), rows_per_pass):
         part = rows[start : start + rows_per_pass]
         batch = pad_rows([(question, answer) for _, question, answer in part], tokenizer.pad_token_id).to(device)
-        logprobs, _ = token_logprobs(model, batch, temperature)
+        logprobs, _ = scorer(batch.tokens, batch.response_mask, temperature)
         for (index, _, _), logprob in zip(part, row_sum(logprobs, batch.response_mask).tolist(), strict=True):
             probabilities[index] += torch.tensor(logprob, dtype=torch.float64).exp().item()
     return probabilities

@@ -18,10 +18,10 @@ class Reward(Protocol):
     ``judge(prompts, rollouts) -> list[Verdict]``
         ``prompts`` and ``rollouts`` have the same length; ``rollouts[i]`` answers ``prompts[i]``. Returns one ``Verdict``
         per rollout in the same order. ``Verdict.score`` is the reward before length shaping, ``Verdict.correct`` the
-        verifier's word. All responses of a generation batch that this process drew come in one call, so an implementation
-        may work in parallel. A response it cannot
-        judge gets a status (``crashed``, ``timeout``, ``unsupported``), not a made-up score; an exception that leaves
-        ``judge`` stops the run.
+        verifier's word. A call holds all responses of one or more prompts, those that finished since the last call, so an
+        implementation may work in parallel and must not rely on which prompts come together. It is called from a thread of
+        its own while the engine draws on, one call at a time. A response it cannot judge gets a status (``crashed``,
+        ``timeout``, ``unsupported``), not a made-up score; an exception that leaves ``judge`` stops the run.
 
     A reward with a field ``verifier`` left at None gets the task's own there, to build on its verdicts.
     """

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlvr import maths
-from rlvr.types import Batch, InputError, Sampling, SamplingPlan, StepData
+from rlvr.types import Batch, InputError, Rollout, Sampling, SamplingPlan, StepData
 
 
 def pad_rows(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int) -> Batch:
@@ -57,13 +57,19 @@ def pair_batches(
     raise InputError(f"data: {type(pairs).__name__} ran out of pairs; expected an endless stream that starts over at its end")
 
 
+def rollout_batch(rows: Sequence[Rollout], pad_token_id: int) -> Batch:
+    """A Batch of responses with the engine's log-probs; rewards and groups are zero."""
+    padded = pad_rows([(row.prompt_tokens, row.tokens) for row in rows], pad_token_id)
+    logprobs = torch.zeros(padded.tokens.shape)
+    logprobs[padded.response_mask] = torch.tensor([value for row in rows for value in row.logprobs])
+    return replace(padded, rollout_logprobs=logprobs)
+
+
 def make_batch(data: StepData, plan: SamplingPlan, sampling: Sampling, pad_token_id: int) -> Batch:
     """The Batch of a step: rewards are scores plus the plan's length penalty; row i belongs to prompt i // G."""
     rows = data.rollouts
     per_prompt = len(rows) // len(data.prompts)
-    padded = pad_rows([(row.prompt_tokens, row.tokens) for row in rows], pad_token_id)
-    logprobs = torch.zeros(padded.tokens.shape)
-    logprobs[padded.response_mask] = torch.tensor([value for row in rows for value in row.logprobs])
+    padded = rollout_batch(rows, pad_token_id)
     penalties = torch.tensor([length_penalty(len(row.tokens), plan, sampling) for row in rows])
     verdicts = [row.verdict for row in rows if row.verdict is not None]
     assert len(verdicts) == len(rows), "rollouts must be graded before they become a batch"
@@ -74,7 +80,6 @@ def make_batch(data: StepData, plan: SamplingPlan, sampling: Sampling, pad_token
         rewards=torch.tensor([verdict.score for verdict in verdicts]) + penalties,
         correct=torch.tensor([verdict.correct for verdict in verdicts]),
         truncated=torch.tensor([row.truncated for row in rows]),
-        rollout_logprobs=logprobs,
         greedy_rewards=None if greedy is None else greedy.repeat_interleave(per_prompt),
     )
 

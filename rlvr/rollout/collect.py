@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -13,12 +14,18 @@ from rlvr.algos import Algorithm
 from rlvr.backend import Backend
 from rlvr.data import PromptStream
 from rlvr.model import encode_prompt
-from rlvr.rewards import Reward, grade
-from rlvr.rollout.engine import Engine, hash_seed
+from rlvr.rewards import Reward
+from rlvr.rollout.engine import Engine, hash_seed, stream
+from rlvr.rollout.grading import Grader
+from rlvr.rollout.shares import Shares
 from rlvr.types import Completion, InputError, Prompt, Request, Rollout, Sampling, StepData
 
+TRIAL_PROMPTS, TRIAL_TOKENS = 4, 64
+T = TypeVar("T")
+Group = tuple[list[Rollout], list[Rollout]]  # the sampled responses to a prompt, and the greedy one when there is one
 
-def draw(
+
+def draw_stream(
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
@@ -27,17 +34,17 @@ def draw(
     policy_step: int,
     sample_indices: Sequence[Sequence[int]] | None = None,
     with_greedy: bool = False,
-) -> tuple[list[list[Rollout]], list[Rollout]]:
-    """``len(seeds[p])`` responses to each prompt, and one greedy response each when asked for, in one engine call.
+) -> Iterator[tuple[int, Group]]:
+    """``len(seeds[p])`` responses to each prompt p, and one greedy response each when asked for, in one engine call.
 
-    ``sample_indices[p]`` numbers the responses to prompt p; 0, 1, 2 ... when not given.
+    Yields (p, its responses) as they finish. ``sample_indices[p]`` numbers the responses to prompt p; 0, 1, 2 ... when not
+    given.
     """
     numbers = sample_indices or [range(len(own)) for own in seeds]
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     requests = [Request(tokens, tuple(own)) for tokens, own in zip(encoded, seeds, strict=True)]
     greedy_seeds = [hash_seed("greedy", *own) for own in seeds] if with_greedy else []  # not drawn from: they tell rows apart
     requests += [Request(tokens, (seed,), greedy=True) for tokens, seed in zip(encoded, greedy_seeds, strict=False)]
-    completions = engine.generate(requests, sampling)
 
     def rollout(place: int, index: int, seed: int, completion: Completion, greedy: bool) -> Rollout:
         return Rollout(
@@ -53,11 +60,29 @@ def draw(
             greedy=greedy,
         )
 
-    sampled = [
-        [rollout(p, numbers[p][i], seeds[p][i], c, False) for i, c in enumerate(completions[p])] for p in range(len(prompts))
-    ]
-    greedy = [rollout(p, 0, seed, completions[len(prompts) + p][0], True) for p, seed in enumerate(greedy_seeds)]
-    return sampled, greedy
+    halves: dict[int, list[list[Completion]]] = {}  # of a prompt with a greedy row: what came of the two requests
+    for index, completions in stream(engine, requests, sampling):
+        place = index % len(prompts)
+        parts = halves.setdefault(place, [[], []])
+        parts[index // len(prompts)] = completions
+        if with_greedy and not all(parts):
+            continue
+        sampled = [rollout(place, numbers[place][i], seeds[place][i], c, False) for i, c in enumerate(parts[0])]
+        yield place, (sampled, [rollout(place, 0, greedy_seeds[place], c, True) for c in parts[1]])
+
+
+def draw(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[Sequence[int]],
+    sampling: Sampling,
+    policy_step: int,
+    sample_indices: Sequence[Sequence[int]] | None = None,
+) -> list[list[Rollout]]:
+    """The sampled responses of ``draw_stream`` in the order of the prompts."""
+    found = dict(draw_stream(engine, tokenizer, prompts, seeds, sampling, policy_step, sample_indices))
+    return [found[place][0] for place in range(len(prompts))]
 
 
 class Collector:
@@ -79,6 +104,7 @@ class Collector:
         self.engine, self.tokenizer, self.reward, self.stream = engine, tokenizer, reward, stream
         self.sampling, self.seed = sampling, seed
         self.prompts_per_step, self.responses_per_prompt = prompts_per_step, responses_per_prompt
+        self.shares = Shares(engine, backend)
 
     def collect(self, algorithm: Algorithm, policy_step: int) -> StepData:
         """One step's rollouts. Every generation batch of a step is drawn with the same weights."""
@@ -86,7 +112,7 @@ class Collector:
         batch_size = (plan.gen_batch_prompts or wanted) if plan.dynamic else wanted
         kept: list[tuple[Prompt, list[Rollout], list[Rollout]]] = []
         sampled: list[Rollout] = []
-        timings = {"time/generate_s": 0.0, "time/verify_s": 0.0}
+        timings: dict[str, float] = {}
         batches = 0
         while len(kept) < wanted and batches < (plan.max_gen_batches if plan.dynamic else 1):
             groups = self._generation_batch(batch_size, plan.greedy, policy_step, timings)
@@ -111,27 +137,39 @@ class Collector:
     def _generation_batch(
         self, size: int, with_greedy: bool, policy_step: int, timings: dict[str, float]
     ) -> list[tuple[Prompt, list[Rollout], list[Rollout]]]:
-        taken, (rank, ranks) = self.stream.take(size), (self.backend.rank, self.backend.world_size)
-        own = taken[rank::ranks]
-        prompts = [prompt for _, prompt in own]
+        drawn = self.shares.drawn(self.stream.take(size))
+        graded = self.shares.graded(len(drawn))
+        prompts = [prompt for _, prompt in drawn]
         per_prompt = range(self.responses_per_prompt)
-        seeds = [[hash_seed(self.seed, "train", position, index) for index in per_prompt] for position, _ in own]
+        seeds = [[hash_seed(self.seed, "train", position, index) for index in per_prompt] for position, _ in drawn]
+        start = time.perf_counter()
+        with Grader(self.reward) as grader:
+            for place, (rows, greedy) in draw_stream(
+                self.engine, self.tokenizer, prompts, seeds, self.sampling, policy_step, None, with_greedy
+            ):
+                if place in graded:
+                    grader.submit(place, prompts[place], rows + greedy)
+            generated = time.perf_counter()
+        done, count = time.perf_counter(), self.responses_per_prompt
+        own = [(prompts[p], grader.graded[p][:count], grader.graded[p][count:]) for p in graded]
+        everything = self.shares.gather(own, size)
+        spent = {
+            "generate": generated - start,
+            "verify": done - generated,  # what generation did not hide
+            "verify_work": grader.busy_s,
+            "gather": time.perf_counter() - done,
+        }
+        for name, seconds in spent.items():
+            timings[f"time/{name}_s"] = timings.get(f"time/{name}_s", 0.0) + seconds
+        return everything
 
-        def generate() -> tuple[list[list[Rollout]], list[Rollout]]:
-            return draw(self.engine, self.tokenizer, prompts, seeds, self.sampling, policy_step, None, with_greedy)
-
-        sampled, greedy = timed(timings, "time/generate_s", generate)
-        rows = [row for group in sampled for row in group] + greedy
-        asked = [prompt for prompt in prompts for _ in per_prompt] + (prompts if greedy else [])
-        graded = timed(timings, "time/verify_s", lambda: grade(self.reward, asked, rows))
-        count = self.responses_per_prompt
-        best = graded[len(prompts) * count :]
-        groups = [
-            (prompt, graded[place * count : (place + 1) * count], best[place : place + 1])
-            for place, prompt in enumerate(prompts)
-        ]
-        shares = timed(timings, "time/gather_s", lambda: self.backend.gather(groups))
-        return [shares[place % ranks][place // ranks] for place in range(size)]  # the order of the dataset
+    def trial(self) -> list[Rollout]:
+        """One short response of every engine to a few prompts, on every rank. Nothing is taken from the stream."""
+        prompts = list(self.stream.prompts[:TRIAL_PROMPTS])
+        seeds = [[hash_seed(self.seed, "trial", index)] for index in range(len(prompts))]
+        sampling = replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, TRIAL_TOKENS))
+        groups = draw(self.engine, self.tokenizer, prompts, seeds, sampling, 0)
+        return [row for rank in self.backend.gather(groups) for group in rank for row in group]
 
     def _exhausted(self, kept: int, drawn: int, batches: int) -> str:
         return (
@@ -139,14 +177,3 @@ class Collector:
             f"the filter ({kept} of {drawn} prompts kept, keep rate {kept / drawn:.3f}); raise algo.plan.max_gen_batches or "
             "algo.plan.gen_batch_prompts, use problems of another difficulty, or set algo.plan.on_exhausted=train_partial"
         )
-
-
-T = TypeVar("T")
-
-
-def timed(timings: dict[str, float], name: str, call: Callable[[], T]) -> T:
-    """Run ``call`` and add its wall time to ``timings[name]``, in seconds."""
-    start = time.perf_counter()
-    result = call()
-    timings[name] = timings.get(name, 0.0) + time.perf_counter() - start
-    return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -35,6 +35,13 @@ class Engine(Protocol):
         leaves the engine awake.
     ``close()``
         Free everything. The engine is not used afterwards.
+
+    Two more are read where an engine has them:
+
+    ``stream(requests, sampling) -> Iterator[tuple[int, list[Completion]]]``
+        What ``generate`` gives, request by request as they finish, so that grading overlaps generation.
+    ``tensor_parallel_size: int``
+        So many consecutive ranks are one engine: they get the same requests in the same order.
     """
 
     def load(self, path: str, stop_token_ids: Sequence[int]) -> None: ...
@@ -48,6 +55,18 @@ class Engine(Protocol):
     def wake(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+def stream(engine: Engine, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Completion]]]:
+    """(index of a request, its responses) as they finish, or all at the end with an engine that has no ``stream``."""
+    own = getattr(engine, "stream", None)
+    yield from own(requests, sampling) if own is not None else enumerate(engine.generate(requests, sampling))
+
+
+def in_order(finished: Iterable[tuple[int, list[Completion]]], count: int) -> list[list[Completion]]:
+    """What ``generate`` returns, from what ``stream`` yields."""
+    found = dict(finished)
+    return [found[index] for index in range(count)]
 
 
 def hash_seed(*parts: object) -> int:

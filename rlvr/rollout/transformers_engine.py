@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from rlvr.model import load_policy
+from rlvr.rollout.engine import in_order
 from rlvr.types import Completion, InputError, Request, Sampling
 
 
@@ -77,23 +78,23 @@ class TransformersEngine:
         # The folder's own generation settings (a repetition penalty, say) would bend what Sampling asks for.
         self._model.generation_config = GenerationConfig()
 
-    @torch.inference_mode()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        return in_order(self.stream(requests, sampling), len(requests))
+
+    def stream(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Completion]]]:
         rows = [(index, seed) for index, request in enumerate(requests) for seed in request.seeds]
         # Alike lengths together waste the least padding; seeds belong to rows, so the order changes no response.
-        by_length = sorted(range(len(rows)), key=lambda row: len(requests[rows[row][0]].prompt_tokens))
-        completions: list[Completion | None] = [None] * len(rows)
+        rows.sort(key=lambda row: len(requests[row[0]].prompt_tokens))
+        done: dict[int, list[Completion]] = {index: [] for index in range(len(requests))}
         for start in range(0, len(rows), self.max_rows):
-            chunk = by_length[start : start + self.max_rows]
-            drawn = self._generate_rows([(requests[rows[row][0]], rows[row][1]) for row in chunk], sampling)
-            for row, completion in zip(chunk, drawn, strict=True):
-                completions[row] = completion
-        result: list[list[Completion]] = [[] for _ in requests]
-        for (index, _), done in zip(rows, completions, strict=True):
-            assert done is not None
-            result[index].append(done)
-        return result
+            chunk = rows[start : start + self.max_rows]
+            drawn = self._generate_rows([(requests[index], seed) for index, seed in chunk], sampling)
+            for (index, _), completion in zip(chunk, drawn, strict=True):
+                done[index].append(completion)
+            finished = [index for index, own in done.items() if len(own) == len(requests[index].seeds)]
+            yield from [(index, done.pop(index)) for index in finished]
 
+    @torch.inference_mode()
     def _generate_rows(self, rows: Sequence[tuple[Request, int]], sampling: Sampling) -> list[Completion]:
         device = self._model.device
         pad = self._stop[0]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlvr import maths
 from rlvr.algos import Algorithm
-from rlvr.backend import Backend, DataParallelBackend, OptimizerSettings, TrainedModel
+from rlvr.backend import Backend, DataParallelBackend, DeepSpeedBackend, OptimizerSettings, TrainedModel
 from rlvr.build import build
 from rlvr.compose import recipes_dir
 from rlvr.config import (
@@ -30,13 +30,16 @@ from rlvr.config import (
     SftSettings,
     TrainerSettings,
 )
+from rlvr.micro_batches import MicroBatcher
 from rlvr.model import ModelSettings, load_critic, load_policy
 from rlvr.rollout.batch import pad_rows
+from rlvr.scoring import CriticScorer, PolicyScorer
 from rlvr.sft import run_sft
 from rlvr.tasks.countdown import CountdownTask, CountdownTraces
 from rlvr.trainer import Trainer
 from rlvr.types import Batch, Prompt, Rollout, Sampling, Verdict
 from rlvr.update import UpdatePlan, critic_update, policy_update
+from rlvr.weights import trained_weights
 
 LENGTHS = [(3, 5), (2, 0), (4, 2), (3, 7), (5, 1), (2, 6), (3, 4), (4, 4), (2, 9), (3, 3), (6, 2)]  # prompt, response tokens
 GROUPS = [7, 7, 7, -1, -1, -1, 4, 4, 4, 4, 4]
@@ -122,22 +125,62 @@ def gradients(
     budget: int = WIDE,
     minibatch: int = 3,
     advantages: Tensor | None = None,
+    packing: bool = False,
 ) -> dict[str, list[Tensor]]:
     """Gradients of the updates on the batch, off-policy: of the policy, and of the critic where there is one."""
     still = OptimizerSettings(lr=0.0, max_grad_norm=1e9)
-    plan = UpdatePlan(minibatch, 2, budget, 0.7, 9.0, 0)
+    plan, batcher = UpdatePlan(minibatch, 2, 0.7, 9.0, 0), MicroBatcher(backend, budget, packing)
     advantages = algorithm.advantages(batch).detach() if advantages is None else advantages
-    policy = backend.prepare(load_policy(model_path), still, 10)
+    policy = backend.prepare(PolicyScorer(load_policy(model_path), packing=packing), still, 10)
     found = {"policy": captured(policy)}
     ptx = repeat(pairs()) if algorithm.c_ptx else None
-    policy_update(policy, algorithm, batch, advantages, plan, backend, ptx)
+    policy_update(policy, algorithm, batch, advantages, plan, batcher, ptx)
     if algorithm.needs_critic:
         module = load_critic(model_path)
         torch.nn.init.constant_(module.score.weight, 0.1)  # type: ignore[union-attr, arg-type]
-        critic = backend.prepare(module, still, 10)
+        critic = backend.prepare(CriticScorer(module, packing), still, 10)
         found["critic"] = captured(critic)
-        critic_update(critic, algorithm, batch, algorithm.value_targets(batch).detach(), plan, backend)
+        critic_update(critic, algorithm, batch, algorithm.value_targets(batch).detach(), plan, batcher)
     return found
+
+
+def updated(algorithm: Algorithm, model_path: str, backend: Backend, updates: int = 3) -> dict[str, list[Tensor]]:
+    """Gradients of SGD updates on the fixed batch, one prompt each, and the parameters afterwards, whole on every rank."""
+    batch, sgd = ragged_batch(), OptimizerSettings(name="sgd", lr=0.05, weight_decay=0.0, max_grad_norm=1e9)
+    plan, batcher = UpdatePlan(1, 1, 0.7, 9.0, 0), MicroBatcher(backend, 40)
+    policy = backend.prepare(PolicyScorer(load_policy(model_path)), sgd, updates)
+    found = {"policy": recorded(policy)}
+    policy_update(policy, algorithm, batch, algorithm.advantages(batch).detach(), plan, batcher)
+    found["policy weights"] = whole(policy, backend)
+    if algorithm.needs_critic:
+        module = load_critic(model_path)
+        torch.nn.init.constant_(module.score.weight, 0.1)  # type: ignore[union-attr, arg-type]
+        critic = backend.prepare(CriticScorer(module), sgd, updates)
+        found["critic"] = recorded(critic)
+        critic_update(critic, algorithm, batch, algorithm.value_targets(batch).detach(), plan, batcher)
+        found["critic weights"] = whole(critic, backend)
+    assert len(found["policy"]) == updates
+    return found
+
+
+def recorded(model: TrainedModel) -> list[Tensor]:
+    """The whole gradient of each update as one vector, from now on, as the optimizer gets it."""
+    gradients: list[Tensor] = []
+    owner = model.module if hasattr(model.module, "optimizer") else model  # a DeepSpeed engine holds its optimizer
+    step = owner.optimizer.step
+
+    def record(*args: Any, **settings: Any) -> Any:
+        from deepspeed.utils import safe_get_full_grad
+
+        gradients.append(torch.cat([safe_get_full_grad(p).flatten().clone() for p in model.model.parameters()]))
+        return step(*args, **settings)
+
+    owner.optimizer.step = record
+    return gradients
+
+
+def whole(model: TrainedModel, backend: Backend) -> list[Tensor]:
+    return [torch.cat([tensor.flatten().clone() for _, tensor in trained_weights(model.model, backend)])]
 
 
 def widened(batch: Batch, columns: int) -> Batch:
@@ -212,10 +255,28 @@ def train(name: str, model_path: str, folder: Path) -> None:
     trainer.close()
 
 
+def stages(model_path: str, out: Path) -> None:
+    """The updates of GRPO and PPO with every back end, in one set of processes."""
+    found = {}
+    for name in ("ddp", "zero 0", "zero 1", "zero 2", "zero 3"):
+        kind, _, stage = name.partition(" ")
+        backend = DataParallelBackend(use="cpu") if kind == "ddp" else DeepSpeedBackend(use="cpu", zero_stage=int(stage))
+        backend.start()
+        for algorithm in ("grpo", "ppo"):
+            found[f"{name} {algorithm}"] = updated(make(algorithm), model_path, backend)
+        rank = backend.rank
+    if rank == 0:
+        torch.save(found, out)
+    backend.stop()
+
+
 def main(what: str, model_path: str, out: Path) -> None:
     if what == "runs":
         for name in RUNS:
             train(name, model_path, out)
+        return
+    if what == "stages":
+        stages(model_path, out)
         return
     backend = DataParallelBackend(use="cpu")
     backend.start()

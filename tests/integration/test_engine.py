@@ -9,11 +9,12 @@ import torch
 from scipy import stats
 from transformers import GenerationConfig
 
-from rlvr.model import encode_prompt, load_policy, load_tokenizer, token_logprobs
+from rlvr.model import encode_prompt, load_policy, load_tokenizer
 from rlvr.rollout import Engine
 from rlvr.rollout.batch import pad_rows
 from rlvr.rollout.engine import hash_seed
 from rlvr.rollout.transformers_engine import TransformersEngine
+from rlvr.scoring import PolicyScorer
 from rlvr.tasks.countdown import CountdownTask
 from rlvr.types import Completion, Request, Sampling
 
@@ -36,7 +37,7 @@ def trainer_logprobs(path: str, asked: list[Request], drawn: list[list[Completio
     rows = [(request.prompt_tokens, c.tokens) for request, group in zip(asked, drawn, strict=True) for c in group]
     batch = pad_rows(rows, 0)
     with torch.no_grad():
-        return token_logprobs(load_policy(path), batch, temperature)[0][batch.response_mask]
+        return PolicyScorer(load_policy(path))(batch.tokens, batch.response_mask, temperature)[0][batch.response_mask]
 
 
 def test_engine_is_an_engine(tiny_model: str) -> None:
@@ -121,6 +122,6 @@ def test_new_weights_arrive_tied_embeddings_included(tiny_model: str) -> None:
     drawn = engine.generate(asked, sampling)
     batch = pad_rows([(r.prompt_tokens, c.tokens) for r, group in zip(asked, drawn, strict=True) for c in group], 0)
     with torch.no_grad():
-        expected = token_logprobs(changed, batch, 1.0)[0][batch.response_mask]
+        expected = PolicyScorer(changed)(batch.tokens, batch.response_mask, 1.0)[0][batch.response_mask]
     engines = torch.tensor([value for group in drawn for c in group for value in c.logprobs])
     torch.testing.assert_close(engines, expected, atol=2e-5, rtol=0)

@@ -22,9 +22,10 @@ from scipy import stats
 from rlvr.algos import Algorithm
 from rlvr.compose import recipes_dir
 from rlvr.log import read_metrics
-from rlvr.model import load_policy, load_tokenizer, token_logprobs
+from rlvr.model import load_policy, load_tokenizer
 from rlvr.rollout import Engine
 from rlvr.rollout.batch import pad_rows
+from rlvr.scoring import PolicyScorer
 from rlvr.types import InputError, Prompt, Request, Rollout, Sampling
 
 ROOT = Path(__file__).parents[2]
@@ -201,7 +202,7 @@ def test_page_engine_returns_the_log_probs_of_what_it_drew(engine: Any, tiny_mod
         rows = [(request.prompt_tokens, c.tokens) for request, group in zip(asked, drawn, strict=True) for c in group]
         batch = pad_rows(rows, 0)
         with torch.no_grad():
-            expected = token_logprobs(model, batch, temperature)[0][batch.response_mask]
+            expected = PolicyScorer(model)(batch.tokens, batch.response_mask, temperature)[0][batch.response_mask]
         got = torch.tensor([value for group in drawn for c in group for value in c.logprobs])
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
         with torch.no_grad():

@@ -11,7 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallel_worker import RUNS, WIDE, algorithms, gradients, pairs, ragged_batch, run_settings, train, widened
+from parallel_worker import (
+    RUNS,
+    WIDE,
+    algorithms,
+    gradients,
+    make,
+    pairs,
+    ragged_batch,
+    run_settings,
+    train,
+    updated,
+    widened,
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -58,6 +70,8 @@ def test_gradient_of_any_split_order_and_padding(name: str, backend: SingleBacke
     whole = gradients(CASES[name], tiny_model, backend, ragged_batch())
     for variant, (batch, budget) in variants().items():
         assert distance(whole, gradients(CASES[name], tiny_model, backend, batch, budget)) < BOUND, variant
+    packed = gradients(CASES[name], tiny_model, backend, ragged_batch(), 40, packing=True)
+    assert distance(whole, packed) < BOUND, "rows one after another"
 
 
 def test_the_comparison_sees_a_wrong_denominator(backend: SingleBackend, tiny_model: str) -> None:
@@ -111,6 +125,20 @@ def test_gradient_of_any_number_of_processes(processes: int, backend: SingleBack
                 far[f"{name}, {minibatch} prompts"] = gap
     assert len(found) == 2 * len(CASES)
     assert not far
+
+
+def test_updates_of_every_zero_stage(backend: SingleBackend, tiny_model: str, tmp_path: Path) -> None:
+    """One process, two under DDP, ZeRO 0 to 3: the same gradients and, after three SGD updates, the same parameters."""
+    pytest.importorskip("deepspeed")
+    launch(2, "stages", tiny_model, tmp_path / "stages.pt")
+    found = torch.load(tmp_path / "stages.pt", weights_only=True)
+    assert len(found) == 10
+    alone = {name: updated(make(name), tiny_model, backend) for name in ("grpo", "ppo")}
+    start = [torch.cat([p.detach().flatten() for p in AutoModelForCausalLM.from_pretrained(tiny_model).parameters()])]
+    for name, parts in found.items():
+        single = alone[name.rpartition(" ")[2]]
+        assert distance({"policy weights": start}, {"policy weights": parts["policy weights"]}) > 1e-3  # they moved
+        assert distance(single, parts) < BOUND, name
 
 
 def test_a_run_of_two_processes_is_the_run_of_one(tiny_model: str, tmp_path: Path) -> None:

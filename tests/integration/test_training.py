@@ -251,13 +251,13 @@ def test_every_algorithm_trains_with_four_updates_per_rollout(run_config: MakeCo
     algo = build(Algorithm, node, "algo", problems)
     settings = TrainerSettings(steps=2, prompts_per_step=4, responses_per_prompt=4, minibatch_prompts=1)
     trainer = Trainer(run_config(algo=algo, trainer=settings, reward=LengthReward()))
-    before = {name: tensor.clone() for name, tensor in trainer.learner.policy.weights()}
+    before = {name: tensor.clone() for name, tensor in trainer.learner.weights()}
     metrics = trainer.step() | trainer.step()
     assert problems == []
     assert all(value == value and abs(value) < 1e6 for value in metrics.values())
     assert metrics["policy/updates"] == 4
     assert metrics["policy/grad_norm"] > 0
-    assert any(not torch.equal(before[name], tensor) for name, tensor in trainer.learner.policy.weights())
+    assert any(not torch.equal(before[name], tensor) for name, tensor in trainer.learner.weights())
     assert ("critic/explained_variance" in metrics) == algo.needs_critic
     assert ("rollout/greedy_score_mean" in metrics) == algo.needs_greedy
 
@@ -289,14 +289,16 @@ def test_a_declared_critic_is_trained_saved_and_restored(run_config: MakeConfig)
         "critic": CriticSettings(optimizer=OptimizerSettings(lr=1e-3), warmup_steps=1),
     }
     trainer = Trainer(run_config(**parts))
-    before = {name: tensor.clone() for name, tensor in trainer.learner.policy.weights()}
+    before = {name: tensor.clone() for name, tensor in trainer.learner.weights()}
     assert trainer.step()["policy/updates"] == 0  # the warm-up trains the critic alone
-    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.learner.policy.weights())
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.learner.weights())
     losses = [trainer.step()["critic/loss"] for _ in range(2)]
     assert all(loss > 0 for loss in losses)
     resumed = Trainer(run_config(**parts))
     assert resumed.learner.critic is not None and trainer.learner.critic is not None
-    for (name, ours), (_, theirs) in zip(trainer.learner.critic.weights(), resumed.learner.critic.weights(), strict=True):
+    for (name, ours), (_, theirs) in zip(
+        trainer.learner.critic.model.named_parameters(), resumed.learner.critic.model.named_parameters(), strict=True
+    ):
         assert torch.equal(ours, theirs), name
 
 
@@ -316,8 +318,8 @@ def test_reference_is_reset_on_schedule(run_config: MakeConfig) -> None:
     assert trainer.learner.reference is not None
 
     def distance() -> float:
-        reference = dict(trainer.learner.reference.named_parameters()) if trainer.learner.reference else {}
-        ours = dict(trainer.learner.policy.weights())
+        reference = dict(trainer.learner.reference.model.named_parameters()) if trainer.learner.reference else {}
+        ours = dict(trainer.learner.weights())
         return sum((ours[name] - tensor).abs().sum().item() for name, tensor in reference.items())
 
     distances = []

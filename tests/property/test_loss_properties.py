@@ -30,8 +30,9 @@ from torch import Tensor
 from rlvr import maths
 from rlvr.algos import Algorithm
 from rlvr.algos.ppo import PPO
+from rlvr.backend import SingleBackend
+from rlvr.micro_batches import MicroBatcher
 from rlvr.types import Batch
-from rlvr.update import micro_batches
 
 Compute = Callable[[Algorithm, Batch, Tensor, Tensor], tuple[Tensor, Tensor]]
 EVERY_MODE = pytest.mark.parametrize("mode", maths.LOSS_AGGREGATIONS)
@@ -321,6 +322,6 @@ def test_any_split_into_micro_batches_gives_the_same_loss_and_gradient(mode: str
 
     rows = torch.arange(len(batch))
     whole_value, whole_gradient = total([rows])
-    value, gradient = total(list(micro_batches(batch.response_mask, rows, budget)))
+    value, gradient = total([numbers for numbers, _ in MicroBatcher(SingleBackend(), budget).parts(batch)])
     assert value == pytest.approx(whole_value, abs=1e-12)
     torch.testing.assert_close(gradient, whole_gradient, rtol=0, atol=1e-14)

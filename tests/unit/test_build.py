@@ -80,6 +80,12 @@ class RanklessBackend:
 
     def freeze(self, model: Any) -> Any: ...
 
+    def gathered(self, parameters: Any, writer: Any = None) -> Any: ...
+
+    def phase(self, name: str) -> None: ...
+
+    def failed(self, error: BaseException) -> None: ...
+
     def sum(self, values: Any) -> Any: ...
 
     def gather(self, value: Any) -> list[Any]: ...
@@ -223,7 +229,7 @@ def test_settings_of_a_component(algo: dict[str, Any], message: str) -> None:
         ("algo", "rlvr.tasks.countdown.CountdownTask", "is not a Algorithm (rlvr.algos.base); it lacks "),
         ("task", f"{HERE}.EchoReward", "EchoReward is not a Task (rlvr.tasks.base); it lacks name, prompts, reward"),
         ("engine", f"{HERE}.HalfEngine", "is not a Engine (rlvr.rollout.engine); it lacks update_weights, sleep, wake, close"),
-        ("backend", f"{HERE}.RanklessBackend", "is not a Backend (rlvr.backend); it lacks rank, world_size"),
+        ("backend", f"{HERE}.RanklessBackend", "is not a Backend (rlvr.backend.base); it lacks rank, world_size"),
     ],
 )
 def test_target_is_refused(name: str, target: str | None, message: str) -> None:

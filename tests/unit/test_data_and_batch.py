@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from rlvr.backend import SingleBackend
 from rlvr.data import PairsFile, PromptStream, read_rows
+from rlvr.micro_batches import MicroBatcher
 from rlvr.rollout.batch import make_batch, pad_rows
 from rlvr.types import Batch, InputError, Prompt, Rollout, Sampling, SamplingPlan, StepData, Verdict
-from rlvr.update import TokenMeans, micro_batches, minibatches, score_rows
+from rlvr.update import TokenMeans, minibatches
 
 BACKEND = SingleBackend(use="cpu")
 BACKEND.start()
@@ -214,30 +215,43 @@ def ragged(lengths: list[tuple[int, int]]) -> Batch:
     return pad_rows([((1,) * prompt, tuple(range(2, response + 2))) for prompt, response in lengths], 0)
 
 
-@settings(max_examples=50, deadline=None)
-@given(lengths=LENGTHS, budget=st.integers(1, 80), data=st.data())
+class RankOf:
+    """Stands for one of several processes; sums are left to the test."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=LENGTHS, budget=st.integers(1, 80), ranks=st.integers(1, 5), packing=st.booleans(), data=st.data())
 def test_micro_batches_partition_the_rows_within_the_budget(
-    lengths: list[tuple[int, int]], budget: int, data: st.DataObject
+    lengths: list[tuple[int, int]], budget: int, ranks: int, packing: bool, data: st.DataObject
 ) -> None:
+    """Over all ranks every row once, as many parts on each rank as on the others, and none above the budget but single rows."""
     chosen = data.draw(st.lists(st.integers(0, len(lengths) - 1), unique=True, min_size=1))
     batch = ragged(lengths)
-    parts = list(micro_batches(batch.response_mask, torch.tensor(chosen), budget))
-    assert sorted(row for part in parts for row in part.tolist()) == sorted(chosen)
-    for part in parts:
-        assert len(part) == 1 or part.numel() * batch.select(part).trim().tokens.shape[1] <= budget
+    shares = [list(MicroBatcher(RankOf(r, ranks), budget, packing).parts(batch, torch.tensor(chosen))) for r in range(ranks)]  # type: ignore[arg-type]
+    assert len({len(share) for share in shares}) == 1
+    real = [(rows, part) for share in shares for rows, part in share if part.response_mask.any()]
+    assert sorted(row for rows, _ in real for row in rows.tolist()) == sorted(chosen)
+    for rows, part in real:
+        wanted = batch.select(rows).trim()
+        assert torch.equal(part.tokens, wanted.tokens) and torch.equal(part.response_mask, wanted.response_mask)
+        used = (part.response_mask * torch.arange(1, part.tokens.shape[1] + 1)).amax(1)
+        assert len(rows) == 1 or (int(used.sum()) if packing else part.tokens.numel()) <= budget
     if budget >= len(chosen) * batch.tokens.shape[1]:
-        assert len(parts) == 1
+        assert len(shares[0]) == 1
 
 
 @settings(max_examples=30, deadline=None)
 @given(lengths=LENGTHS, budget=st.integers(1, 80))
 def test_scores_of_micro_batches_land_on_their_rows(lengths: list[tuple[int, int]], budget: int) -> None:
     batch = ragged(lengths)
-    wide, narrow = score_rows(
-        batch,
-        lambda part: (torch.where(part.response_mask, part.tokens * 10, 0), part.response_mask.sum(1)),
-        budget,
-        BACKEND,
+    wide, narrow = MicroBatcher(RankOf(0, 1), budget).score(  # type: ignore[arg-type]
+        batch, lambda part: (torch.where(part.response_mask, part.tokens * 10, 0), part.response_mask.sum(1))
     )
     assert torch.equal(wide, torch.where(batch.response_mask, batch.tokens * 10, 0))
     assert narrow.tolist() == [response for _, response in lengths]
@@ -248,15 +262,12 @@ def test_shares_of_the_ranks_add_up_to_the_scores_of_one() -> None:
     batch = ragged([(1, 3), (2, 5)])
 
     def shares_of(ranks: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        found = []
-        for rank in range(ranks):
-            backend = SingleBackend(use="cpu")
-            backend.start()
-            backend.rank, backend.world_size = rank, ranks
-            found.append(
-                score_rows(batch, lambda part: (part.response_mask * part.tokens, part.response_mask.sum(1)), 80, backend)
+        return [
+            MicroBatcher(RankOf(rank, ranks), 80).score(  # type: ignore[arg-type]
+                batch, lambda part: (part.response_mask * part.tokens, part.response_mask.sum(1))
             )
-        return found
+            for rank in range(ranks)
+        ]
 
     (alone,) = shares_of(1)
     shares = shares_of(4)

@@ -265,10 +265,10 @@ def test_two_steps_of_training(
     sizes = TrainerSettings(steps=2, prompts_per_step=4, responses_per_prompt=6)
     algorithm = replace(example(name, **settings), plan=plan)
     trainer = Trainer(run_config(algo=algorithm, reward=EvenLength(), trainer=sizes))
-    before = {key: tensor.clone() for key, tensor in trainer.learner.policy.weights()}
+    before = {key: tensor.clone() for key, tensor in trainer.learner.weights()}
     for _ in range(2):
         metrics = trainer.step()
         assert metrics["policy/grad_norm"] > 0
         assert metrics["advantage/min"] < 0 < metrics["advantage/max"]
         assert metrics["advantage/zero_fraction"] == 0 or not plan.dynamic
-    assert any(not torch.equal(before[key], tensor) for key, tensor in trainer.learner.policy.weights())
+    assert any(not torch.equal(before[key], tensor) for key, tensor in trainer.learner.weights())

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from rlvr.model import load_critic, load_policy, token_logprobs, token_values
+from rlvr.model import load_critic, load_policy
 from rlvr.rollout.batch import pad_rows
+from rlvr.scoring import CriticScorer, PolicyScorer
 from rlvr.types import Batch
 
 ROWS = [((3, 4, 5), (6, 7, 8)), ((9,), (2, 3, 4, 5, 1)), ((2, 2), (7,))]
@@ -30,7 +31,7 @@ def critic(tiny_model: str) -> nn.Module:
 
 @torch.no_grad()
 def test_values_are_those_of_the_state_before_each_token(critic: nn.Module, batch: Batch) -> None:
-    values, final = token_values(critic, batch)
+    values, final = CriticScorer(critic)(batch.tokens, batch.response_mask)
     for row, (prompt, response) in enumerate(ROWS):
         for place in range(len(response)):
             before = torch.tensor([[*prompt, *response[:place]]])
@@ -44,7 +45,7 @@ def test_values_are_those_of_the_state_before_each_token(critic: nn.Module, batc
 @torch.no_grad()
 def test_logprobs_are_those_of_the_token_after_what_stands_before_it(tiny_model: str, batch: Batch) -> None:
     policy = load_policy(tiny_model)
-    logprobs, entropies = token_logprobs(policy, batch, temperature=0.7)
+    logprobs, entropies = PolicyScorer(policy)(batch.tokens, batch.response_mask, 0.7)
     for row, (prompt, response) in enumerate(ROWS):
         for place, token in enumerate(response):
             logits = policy(input_ids=torch.tensor([[*prompt, *response[:place]]])).logits[0, -1] / 0.7
@@ -60,6 +61,6 @@ def test_a_row_without_a_token_has_no_score(tiny_model: str, critic: nn.Module, 
     mask = batch.response_mask.clone()
     mask[1] = False
     empty = replace(batch, response_mask=mask)
-    values, final = token_values(critic, empty)
-    logprobs, _ = token_logprobs(load_policy(tiny_model), empty, temperature=1.0)
+    values, final = CriticScorer(critic)(empty.tokens, empty.response_mask)
+    logprobs, _ = PolicyScorer(load_policy(tiny_model))(empty.tokens, empty.response_mask, 1.0)
     assert not bool(values[1].any() or logprobs[1].any()) and float(final[1]) == 0.0

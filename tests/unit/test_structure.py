@@ -23,6 +23,11 @@ FLOORS = {
     "tasks": 1,
     "model": 2,
     "rollout": 2,
+    "weights": 2,
+    "watchdog": 2,
+    "lora": 2,
+    "scoring": 2,
+    "micro_batches": 2,
     "backend": 2,
     "checkpoint": 2,
     "log": 2,
@@ -37,6 +42,7 @@ FLOORS = {
     "sft": 4,
     "compose": 5,
     "cli": 5,
+    "doctor": 5,
     "__main__": 5,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
 from worked_example import (
     GRPO_ADVANTAGE,
     WEIGHTED_ATOL,
@@ -22,7 +22,7 @@ from worked_example import (
 
 from rlvr import maths
 from rlvr.algos.grpo import GRPO
-from rlvr.model import token_logprobs
+from rlvr.scoring import PolicyScorer
 from rlvr.types import SamplingPlan
 from rlvr.update import loss_mask
 
@@ -141,16 +141,20 @@ def test_entropy_and_temperature(temperature: float, entropy: float, logprob: fl
 
 
 def test_model_logprobs_and_entropies_use_the_temperature() -> None:
-    """``token_logprobs`` on a model whose logits are [2, 1, 0] everywhere."""
+    """``PolicyScorer`` on a model whose logits are [2, 1, 0] everywhere."""
 
-    class Constant(torch.nn.Module):
-        def forward(self, input_ids: torch.Tensor, use_cache: bool, logits_to_keep: int) -> SimpleNamespace:
-            rows = input_ids.shape[0]
-            return SimpleNamespace(logits=torch.tensor([2.0, 1.0, 0.0]).expand(rows, logits_to_keep, 3))
-
+    config = Qwen2Config(vocab_size=3, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+    config.tie_word_embeddings = False
+    model = AutoModelForCausalLM.from_config(config)
+    model.model.norm = torch.nn.Identity()  # the last hidden state becomes e_0 below, which the output layer maps to the logits
+    model.model.layers = torch.nn.ModuleList()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.eye(8)[:1].expand(3, 8))
+        model.lm_head.weight.copy_(torch.tensor([2.0, 1.0, 0.0])[:, None] * torch.eye(8)[:1])
+    model.config.num_hidden_layers = 0
     batch = example_batch(torch.float32)
     batch.tokens.fill_(1)
-    logprobs, entropies = token_logprobs(Constant(), batch, temperature=0.5)
+    logprobs, entropies = PolicyScorer(model)(batch.tokens, batch.response_mask, 0.5)
     close(logprobs[mask()], [-2.1429316285] * 17, 1e-5)
     close(entropies[mask()], [0.4410574441] * 17, 1e-5)
     assert bool((logprobs[~mask()] == 0).all()) and bool((entropies[~mask()] == 0).all())
