@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -30,4 +31,5 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("\nstopping after this step and saving; once more to stop at once", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print("\nstopping after this step and saving; once more to stop at once", file=sys.stderr, flush=True)

@@ -22,7 +22,7 @@ from rlvr.backend.base import (
     trains_by_recomputing,
 )
 from rlvr.types import InputError
-from rlvr.watchdog import Watchdog
+from rlvr.watchdog import Watchdog, connect
 
 T = TypeVar("T")
 DEAD_AFTER_S = 10.0  # without a sign of life of a process; torchrun kills the survivors of a failure after 30 s
@@ -57,12 +57,25 @@ class DataParallelBackend:
             raise InputError("backend.use: got cuda, but torch sees no CUDA device here; use auto or cpu")
         on_cpu = self.use == "cpu" or (self.use == "auto" and not cuda)
         self._check_device(on_cpu)
-        group = InitProcessGroupKwargs(timeout=timedelta(seconds=self.timeout_s))
+        # Longer than the watchdog's limit, so that a rank that waits does not fail before the one that hangs is named.
+        group = InitProcessGroupKwargs(timeout=timedelta(seconds=1.5 * self.timeout_s + 60))
+        self._join("gloo" if on_cpu else "nccl", group.timeout)
         self._accelerator = Accelerator(cpu=on_cpu, mixed_precision=self._autocast(), kwargs_handlers=[group])
         self.device = self._accelerator.device
         self.rank, self.world_size = self._accelerator.process_index, self._accelerator.num_processes
         self._watchdog = Watchdog(self.rank, self.world_size, self.timeout_s, min(DEAD_AFTER_S, self.timeout_s))
         self._watchdog.start()
+
+    def _join(self, kind: str, timeout: timedelta) -> None:
+        """Under torchrun, meet the other processes with keys of our own for each attempt.
+
+        torchrun may keep one store for all attempts (``--max-restarts``), where a second attempt reads the addresses of the
+        first: seen with torch 2.13, "Gloo connectFullMesh ... Connection refused".
+        """
+        launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(os.environ["WORLD_SIZE"]) > 1
+        if launched and not torch.distributed.is_initialized():
+            rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            torch.distributed.init_process_group(kind, store=connect("processes"), rank=rank, world_size=size, timeout=timeout)
 
     def _autocast(self) -> str:
         return self.precision

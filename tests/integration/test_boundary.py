@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from rlvr.backend import SingleBackend
 from rlvr.boundary.evaluate import EvaluatedModel, evaluate, unique_names
 from rlvr.boundary.exact import solve_probabilities
 from rlvr.boundary.store import SampleStore
+from rlvr.checkpoint import read_json
 from rlvr.cli import main
 from rlvr.config import BoundarySettings
 from rlvr.model import load_policy, load_tokenizer
@@ -25,7 +27,10 @@ TASK = CountdownTask(train_problems=8, test_problems=6)
 def measure(folder: Path, model: str, n: int = 4, temperature: float = 1.0) -> dict:
     settings = BoundarySettings(n=n, temperature=temperature, top_p=1.0)
     models = [EvaluatedModel("base", model), EvaluatedModel("again", model, 5)]
-    return evaluate(folder, models, TASK, TransformersEngine(), settings, settings.sampling(Sampling(max_new_tokens=10)))
+    backend = SingleBackend(use="cpu")
+    backend.start()
+    evaluate(folder, models, TASK, TransformersEngine(), settings, settings.sampling(Sampling(max_new_tokens=10)), backend)
+    return read_json(folder / "boundary.json")
 
 
 def test_counts_add_up_and_twins_are_equal(tiny_model: str, tmp_path: Path) -> None:
