@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -77,6 +78,8 @@ class DeepSpeedBackend(DataParallelBackend):
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # DeepSpeed calls collectives by names that torch renames; nothing that a user of ours could change.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         deepspeed.init_distributed(dist_backend=kind, dist_init_required=False, verbose=False)
 
     def stop(self) -> None:

@@ -212,7 +212,7 @@ class SomePairs:
         return iter(islice(repeat(("1 2:3?", "1+2=3")), 10_000))
 
 
-def run_settings(name: str, model_path: str, folder: Path) -> RunConfig:
+def run_settings(name: str, model_path: str, folder: Path, backend: Backend | None = None) -> RunConfig:
     algo = make(name, kl_coef=0.05, c_ptx=0.1)
     return RunConfig(
         run_dir=str(folder / name),
@@ -220,7 +220,7 @@ def run_settings(name: str, model_path: str, folder: Path) -> RunConfig:
         task=CountdownTask(train_problems=64, test_problems=8),
         model=ModelSettings(path=model_path),
         reward=LengthReward(),
-        backend=DataParallelBackend(use="cpu"),
+        backend=backend or DataParallelBackend(use="cpu"),
         sampling=Sampling(max_new_tokens=12),
         optimizer=OptimizerSettings(lr=1e-3),
         critic=CriticSettings(OptimizerSettings(lr=1e-2), warmup_steps=1),
@@ -250,7 +250,11 @@ def train(name: str, model_path: str, folder: Path) -> None:
     if name == "sft":
         run_sft(sft_settings(model_path, folder))
         return
-    trainer = Trainer(run_settings(name, model_path, folder))
+    train_once(run_settings(name, model_path, folder))
+
+
+def train_once(config: RunConfig) -> None:
+    trainer = Trainer(config)
     trainer.train()
     trainer.close()
 
@@ -270,10 +274,30 @@ def stages(model_path: str, out: Path) -> None:
     backend.stop()
 
 
+SHARDED = {
+    "zero_3": {"zero_stage": 3},
+    "zero_3_bf16": {"zero_stage": 3, "precision": "bf16"},
+    "zero_1_bf16": {"zero_stage": 1, "precision": "bf16"},
+    "zero_2": {"zero_stage": 2},
+}
+
+
+def resumes(model_path: str, out: Path) -> None:
+    """PPO with a reference that is reset, under ZeRO: three steps at once, and the same in two sittings."""
+    for name, settings in SHARDED.items():
+        for sitting, steps in (("once", 3), ("twice", 2), ("twice", 3)):
+            config = run_settings("ppo", model_path, out / name / sitting, DeepSpeedBackend(use="cpu", **settings))
+            trainer = replace(config.trainer, steps=steps, reset_reference_every=2, max_mismatch_nats=1.0)
+            train_once(replace(config, trainer=trainer))
+
+
 def main(what: str, model_path: str, out: Path) -> None:
     if what == "runs":
         for name in RUNS:
             train(name, model_path, out)
+        return
+    if what == "resumes":
+        resumes(model_path, out)
         return
     if what == "stages":
         stages(model_path, out)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from parallel_worker import (
     RUNS,
+    SHARDED,
     WIDE,
     algorithms,
     gradients,
@@ -21,9 +22,11 @@ from parallel_worker import (
     ragged_batch,
     run_settings,
     train,
+    train_once,
     updated,
     widened,
 )
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -157,6 +160,31 @@ def test_a_run_of_two_processes_is_the_run_of_one(tiny_model: str, tmp_path: Pat
         weights = [AutoModelForCausalLM.from_pretrained(tmp_path / w / name / last).state_dict() for w in ("one", "two")]
         for parameter, tensor in weights[0].items():
             torch.testing.assert_close(tensor, weights[1][parameter], rtol=1e-3, atol=1e-5, msg=f"{name}: {parameter}")
+
+
+def test_a_sharded_run_in_two_sittings_is_the_run_in_one(tiny_model: str, tmp_path: Path) -> None:
+    """ZeRO 1 to 3, float32 and bfloat16 (whose float32 master weights must survive): bitwise. ZeRO-3 equals one process."""
+    pytest.importorskip("deepspeed")
+    launch(2, "resumes", tiny_model, tmp_path)
+    last = Path("checkpoints/step_000003")
+    for name in SHARDED:
+        parts = [tmp_path / name / sitting / "ppo" for sitting in ("once", "twice")]
+        rows = [[steady(row) for row in read_metrics(part / "metrics.jsonl")] for part in parts]
+        assert rows[0] == rows[1], name
+        for folder in (last, last / "trainer_state" / "critic_model"):
+            one, two = (load_file(part / folder / "model.safetensors") for part in parts)
+            assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one), (name, folder)
+    config = run_settings("ppo", tiny_model, tmp_path / "alone")
+    train_once(replace(config, trainer=replace(config.trainer, reset_reference_every=2)))
+    alone, sharded = (load_file(tmp_path / part / "ppo" / last / "model.safetensors") for part in ("alone", "zero_3/once"))
+    assert alone.keys() == sharded.keys()
+    for key, tensor in alone.items():
+        torch.testing.assert_close(tensor, sharded[key], rtol=1e-3, atol=1e-5, msg=key)
+
+
+def steady(row: dict[str, float]) -> dict[str, float]:
+    """A line of metrics without what may differ between two runs from one seed."""
+    return {key: value for key, value in row.items() if not key.startswith(("time/", "perf/", "memory/"))}
 
 
 def test_settings_that_do_not_fit_the_processes_are_refused(tiny_model: str, tmp_path: Path) -> None:
