@@ -117,7 +117,7 @@ print(json.dumps({
     "groups": [n for n, a in (("nccl", d.is_nccl_available), ("gloo", d.is_gloo_available)) if d.is_available() and a()],
 }))
 """
-VLLM_WINDOW = "from rlvr.rollout.vllm_engine import version_status; print(version_status()[2])"
+VLLM_WINDOW = "from rlvr.rollout.vllm_setup import version_status; print(version_status()[2])"
 
 
 def devices() -> tuple[dict[str, Any] | None, list[str]]:

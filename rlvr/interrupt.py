@@ -11,7 +11,7 @@ from typing import Any
 
 
 class StopRequest:
-    """While active, the first SIGINT or SIGTERM sets ``requested``; the next one raises KeyboardInterrupt."""
+    """While active, the first SIGINT or SIGTERM sets ``requested``; a second SIGINT raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -29,6 +29,8 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
+            if number == signal.SIGTERM:
+                return  # Slurm and torchrun both pass it on: one request that comes twice
             raise KeyboardInterrupt
         self.requested = True
         if os.environ.get("RANK", "0") == "0":

@@ -409,19 +409,19 @@ def test_float32_head(engine: VllmEngine, folders: dict[str, str]) -> None:
 
 
 def test_version_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    installed, window, message = vllm_engine.version_status()
+    installed, window, message = vllm_setup.version_status()
     assert installed is not None and window == ">=0.32.0,<0.33.0" and "inside" in message
-    monkeypatch.setattr(vllm_engine.metadata, "version", lambda name: "0.40.1")
-    assert vllm_engine.version_status() == ("0.40.1", window, f"vllm 0.40.1 is outside the tested window {window}")
+    monkeypatch.setattr(vllm_setup.metadata, "version", lambda name: "0.40.1")
+    assert vllm_setup.version_status() == ("0.40.1", window, f"vllm 0.40.1 is outside the tested window {window}")
     for _ in range(2):
-        vllm_engine._import_vllm(False, False)
+        vllm_setup.import_vllm(False, False)
     assert capsys.readouterr().err.count("warning: vllm 0.40.1 is outside") == 1
 
     def missing(name: str) -> str:
-        raise vllm_engine.metadata.PackageNotFoundError(name)
+        raise vllm_setup.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(vllm_engine.metadata, "version", missing)
-    assert vllm_engine.version_status()[0] is None
+    monkeypatch.setattr(vllm_setup.metadata, "version", missing)
+    assert vllm_setup.version_status()[0] is None
 
 
 def launch(folders: dict[str, str], out: Path, mode: str) -> subprocess.CompletedProcess[str]:

@@ -50,7 +50,7 @@ def test_every_experiment_is_listed_here() -> None:
 
 
 def test_number_of_recipes() -> None:
-    assert len(list(recipes_dir().rglob("*.yaml"))) == 50
+    assert len(list(recipes_dir().rglob("*.yaml"))) == 52
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
