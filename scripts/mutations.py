@@ -25,6 +25,7 @@ ADVANTAGES = ("tests/unit/test_worked_example_advantages.py",)
 PROPERTIES = ("tests/property",)
 LOOP = ("tests/integration/test_training.py",)
 SPLIT = ("tests/integration/test_gradient_invariance.py", "-k", "split or pretraining")
+STAGES = ("tests/integration/test_gradient_invariance.py", "-k", "zero_stage")
 RANKS = ("tests/integration/test_gradient_invariance.py", "-k", "any_number_of_processes and 2")
 
 
@@ -200,15 +201,15 @@ MUTATIONS = (
     Mutation(
         "mean of each micro-batch",
         "update.py",
-        "weight, advantage = row_weights[micro, :width], advantages[micro, :width]",
-        "weight, advantage = maths.token_weights(mask[micro], algorithm.loss_agg, groups=part.groups, "
-        "constant=plan.loss_agg_const)[:, :width], advantages[micro, :width]",
+        "weight = maths.where_mask(row_weights[micro, :width], part.response_mask)",
+        "weight = maths.token_weights(mask[micro], algorithm.loss_agg, groups=part.groups, "
+        "constant=plan.loss_agg_const)[:, :width]",
         SPLIT,
     ),
     Mutation(
         "critic's mean of each micro-batch",
         "update.py",
-        "weight, target = weights[micro, :width], targets[micro, :width]",
+        "weight, target = maths.where_mask(weights[micro, :width], part.response_mask), targets[micro, :width]",
         'weight, target = maths.token_weights(mask[micro], "token-mean")[:, :width], targets[micro, :width]',
         SPLIT,
     ),
@@ -224,25 +225,46 @@ MUTATIONS = (
     Mutation("ratio fixed at 1", "update.py", "on_policy = len(parts) == 1", "on_policy = True", (*LOOP, "-k", "ratio")),
     Mutation("pretraining term unweighted", "update.py", "model.backward(coefficient * loss)", "model.backward(loss)", SPLIT),
     # ranks
-    Mutation("gradients of one rank", "backend.py", "if self.accelerator.num_processes > 1:", "if False:", RANKS),
+    Mutation("gradients of one rank", "backend/data_parallel.py", "if self.accelerator.num_processes > 1:", "if False:", RANKS),
     Mutation(
         "gradients averaged over ranks",
-        "backend.py",
+        "backend/data_parallel.py",
         "work.wait()",
         "work.wait()\n        for parameter in trained:\n            parameter.grad /= self.accelerator.num_processes",
         RANKS,
     ),
-    # log-probs and sampling plan
+    Mutation("gradients averaged by ZeRO", "backend/deepspeed.py", "loss * self.backend.world_size", "loss", STAGES),
     Mutation(
-        "log-probs without temperature", "model.py", "output.logits.float() / temperature", "output.logits.float()", EXAMPLE
+        "a row counted on two ranks",
+        "micro_batches.py",
+        "response_mask=torch.zeros_like(part.response_mask)",
+        "response_mask=part.response_mask",
+        ("tests/unit/test_data_and_batch.py",),
     ),
+    # log-probs and sampling plan
+    Mutation("log-probs without temperature", "scoring.py", ".div_(self.temperature)", "", EXAMPLE),
     Mutation(
         "values after the token",
-        "model.py",
-        "_at_tokens(outputs[:, first - 1 : -1], mask, first)",
-        "_at_tokens(outputs[:, first:], mask, first)",
+        "scoring.py",
+        "nn.functional.pad(after[:, :-1], (1, 0))",
+        "after",
         ("tests/unit/test_model_scores.py",),
     ),
+    Mutation(
+        "weight gradient of the last chunk alone",
+        "scoring.py",
+        "sums[index - 1].add_(grad)",
+        "sums[index - 1].copy_(grad)",
+        ("tests/unit/test_scoring.py",),
+    ),
+    Mutation(
+        "packed rows without positions of their own",
+        "scoring.py",
+        '"position_ids": columns[inside][None], ',
+        "",
+        ("tests/unit/test_scoring.py",),
+    ),
+    Mutation("a stale engine goes on", "learner.py", "if not gap <= limit:", "if False:", LOOP),
     Mutation(
         "greedy rows among the sampled",
         "rollout/collect.py",

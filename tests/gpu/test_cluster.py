@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlvr.log import read_metrics
-from rlvr.model import load_policy
+from rlvr.model import TinyModel, load_policy, make_tiny
 from rlvr.types import Completion, Request, Sampling
 
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vllm")
@@ -27,6 +27,14 @@ SMALL = (
     "trainer.responses_per_prompt=4 optimizer.lr=1e-3 boundary.every=0 model.make=null reward=random"
 )
 GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny random model with attention heads of a size that vLLM has kernels for."""
+    folder = tmp_path_factory.mktemp("models") / "wide"
+    make_tiny(TinyModel(hidden_size=128, num_heads=2, num_layers=2), folder, seed=0)
+    return str(folder)
 
 
 def train(model: str, run: Path, processes: int, *settings: str) -> Path:
@@ -66,13 +74,13 @@ def gaps(model: torch.nn.Module, request: Request, completions: list[Completion]
 
 
 @needs_vllm
-def test_vllm_gives_memory_back_and_takes_new_weights(tiny_model: str) -> None:
+def test_vllm_gives_memory_back_and_takes_new_weights(wide_model: str) -> None:
     from rlvr.rollout.vllm_engine import VllmEngine
 
     request, sampling = Request((5, 6, 7), tuple(range(8))), Sampling(max_new_tokens=12)
-    policy = load_policy(tiny_model).cuda()
+    policy = load_policy(wide_model).cuda()
     engine = VllmEngine(dtype="float32", memory_share=0.3, enforce_eager=True)
-    engine.load(tiny_model, [1])
+    engine.load(wide_model, [1])
     try:
         assert float(gaps(policy, request, engine.generate([request], sampling)[0]).max()) < 1e-2
         awake = torch.cuda.mem_get_info()[0]
@@ -87,16 +95,16 @@ def test_vllm_gives_memory_back_and_takes_new_weights(tiny_model: str) -> None:
         assert asleep - torch.cuda.mem_get_info()[0] > GIB
         fresh = engine.generate([request], sampling)[0]
         assert float(gaps(policy, request, fresh).max()) < 1e-2
-        assert float(gaps(load_policy(tiny_model).cuda(), request, fresh).max()) > 5e-2  # the comparison sees old weights
+        assert float(gaps(load_policy(wide_model).cuda(), request, fresh).max()) > 5e-2  # the comparison sees old weights
     finally:
         engine.close()
 
 
 @needs_vllm
-def test_mismatch_of_bf16_engine_and_trainer(tiny_model: str, tmp_path: Path) -> None:
+def test_mismatch_of_bf16_engine_and_trainer(wide_model: str, tmp_path: Path) -> None:
     """bf16 keeps 8 bits: a logit of size 1 is off by up to 2**-8, log-probs by a few of those. A stale layer is off by more."""
     run = tmp_path / "run"
-    train(tiny_model, run, 0, "backend=single", "backend.precision=bf16", "engine=vllm", "engine.memory_share=0.3")
+    train(wide_model, run, 0, "backend=single", "backend.precision=bf16", "engine=vllm", "engine.memory_share=0.3")
     rows = read_metrics(run / "metrics.jsonl")
     assert len(rows) == 3
     for row in rows:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlvr import checkpoint, maths
 from rlvr.algos import Algorithm
 from rlvr.algos.grpo import GRPO
+from rlvr.algos.ppo import PPO
 from rlvr.algos.reinforce_pp import ReinforcePP
 from rlvr.backend import OptimizerSettings
 from rlvr.build import build
@@ -26,6 +27,7 @@ from rlvr.compose import recipes_dir
 from rlvr.config import CriticSettings, RunConfig, TrainerSettings, WandbSettings
 from rlvr.log import METRICS, read_metrics
 from rlvr.rewards.random import RandomReward
+from rlvr.rollout.transformers_engine import TransformersEngine
 from rlvr.trainer import Trainer
 from rlvr.types import Batch, InputError, Prompt, Rollout, Sampling, SamplingPlan, Verdict
 
@@ -120,6 +122,52 @@ def test_every_metric_is_documented_and_every_response_has_a_status(run_config: 
     assert metrics["status/graded"] == 16
     assert metrics["mismatch/abs_diff_max"] < 1e-4
     assert metrics["policy/ref_kl_k3_nats"] == pytest.approx(0.0, abs=1e-9)
+
+
+@dataclass
+class StaleEngine(TransformersEngine):
+    """Takes no new weights."""
+
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for _ in weights:
+            pass
+
+
+def test_a_run_whose_engine_is_stale_stops(run_config: MakeConfig, tmp_path: Path) -> None:
+    settings = TrainerSettings(steps=3, prompts_per_step=4, responses_per_prompt=4, checkpoint_every=1)
+    parts = {"trainer": settings, "reward": LengthReward(), "optimizer": OptimizerSettings(lr=1e-3)}
+    trainer = Trainer(run_config(engine=StaleEngine(), run_dir=str(tmp_path / "stale"), **parts))
+    trainer.step()
+    with pytest.raises(RuntimeError, match="in the responses of step 2, log-probs of engine and trainer differ by"):
+        trainer.step()
+    assert len(numbers(str(tmp_path / "stale"))) == 1
+    generous = replace(settings, max_mismatch_nats=10.0)
+    trainer = Trainer(run_config(engine=StaleEngine(), run_dir=str(tmp_path / "generous"), **{**parts, "trainer": generous}))
+    trainer.train()  # the limit is the user's to move
+    with pytest.raises(RuntimeError, match="in a first trial of the engine, log-probs of engine and trainer differ by"):
+        config = run_config(engine=OtherWeights(), run_dir=str(tmp_path / "other"), **parts)
+        Trainer(config)
+
+
+@dataclass
+class OtherWeights(TransformersEngine):
+    """Loads something else than it is told."""
+
+    def load(self, path: str, stop_token_ids: Sequence[int]) -> None:
+        super().load(path, stop_token_ids)
+        for parameter in self._model.parameters():
+            parameter.data *= 1.5
+
+
+def test_packing_changes_no_number(run_config: MakeConfig, tmp_path: Path) -> None:
+    found = []
+    for packing in (False, True):
+        settings = TrainerSettings(
+            steps=2, prompts_per_step=4, responses_per_prompt=4, minibatch_prompts=2, micro_batch_tokens=64, packing=packing
+        )
+        folder = trained(run_config(run_dir=str(tmp_path / str(packing)), trainer=settings, algo=PPO(), reward=LengthReward()))
+        found.append(numbers(str(folder))[-1])
+    assert found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-5)
 
 
 def test_micro_batches_change_no_number(run_config: MakeConfig, tmp_path: Path) -> None:

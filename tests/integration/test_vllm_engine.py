@@ -24,7 +24,7 @@ from torch import distributed, nn
 from transformers import GenerationConfig
 
 from rlvr.model import TinyModel, load_policy, make_tiny
-from rlvr.rollout import Engine, vllm_engine
+from rlvr.rollout import Engine, vllm_setup
 from rlvr.rollout.engine import hash_seed
 from rlvr.rollout.transformers_engine import TransformersEngine, truncate
 from rlvr.rollout.vllm_engine import VllmEngine
