@@ -123,11 +123,24 @@ def load_policy(path: str, dtype: str = "float32", gradient_checkpointing: bool 
 
 def load_trained(settings: ModelSettings, base_path: str, resume_from: Path | None, seed: int) -> nn.Module:
     """The policy to train: the base or a run's checkpoint; with ``lora`` the base under new or restored adapters."""
+    if settings.lora is not None and is_adapter(base_path):
+        raise InputError(
+            f"model.path: got {base_path!r}, an adapter, together with model.lora, but other programs refuse an adapter on an "
+            "adapter; expected a whole model, which rlvr.model.write_merged(ADAPTER, FOLDER) makes of it"
+        )
     source = str(resume_from) if resume_from is not None and settings.lora is None else base_path
     model = load_policy(source, settings.dtype, settings.gradient_checkpointing)
     if settings.lora is None:
         return model
     return add_adapter(model, settings.lora, seed) if resume_from is None else restore_adapter(model, resume_from)
+
+
+def write_merged(path: str, folder: Path, dtype: str = "float32") -> None:
+    """Write the merged model of an adapter folder, and its tokenizer, as a plain folder that new adapters can belong to."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    load_policy(path, dtype).save_pretrained(partial)  # type: ignore[operator]
+    load_tokenizer(path).save_pretrained(partial)
+    partial.replace(folder)
 
 
 def load_critic(path: str, dtype: str = "float32", new_head: bool = True) -> nn.Module:
