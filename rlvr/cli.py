@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,9 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return verbs[verb](rest) or 0
     except InputError as error:
-        if _is_main():
+        if not error.told and _speaks():
             lines = "\n".join(f"  {line}" for line in str(error).splitlines())
-            print(f"rlvr {verb}: the input is wrong\n{lines}", file=sys.stderr)
+            where = "" if _is_main() else f" on rank {os.environ['RANK']}"
+            print(f"rlvr {verb}: the input is wrong{where}\n{lines}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if _is_main():
@@ -211,6 +213,17 @@ def _shares(config: Any) -> str:
 def _is_main() -> bool:
     """Whether this is rank 0, the process that speaks. torchrun numbers the processes in RANK."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _speaks() -> bool:
+    """Whether this process tells the user of wrong input: rank 0, or the first of the others where rank 0 has not met it."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ["WORLD_SIZE"] == "1":
+        return _is_main()
+    from rlvr.watchdog import connect
+
+    if not _is_main():
+        time.sleep(3)  # torchrun ends this process meanwhile where rank 0 is on the same machine and has met it
+    return connect("wrong input").add("told", 1) == 1
 
 
 def _compose(primary: str, arguments: list[str]) -> dict[str, Any]:

@@ -3,3 +3,5 @@
 
 class InputError(ValueError):
     """Something the user can put right: the command line prints it without a traceback and exits with 2."""
+
+    told = False  # whether the user has got the message

@@ -33,5 +33,5 @@ class StopRequest:
                 return  # Slurm and torchrun both pass it on: one request that comes twice
             raise KeyboardInterrupt
         self.requested = True
-        if os.environ.get("RANK", "0") == "0":
+        if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":  # SIGTERM also comes when another rank has died
             print("\nstopping after this step and saving; once more to stop at once", file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlvr import maths
@@ -21,7 +21,7 @@ from rlvr.micro_batches import MicroBatcher
 from rlvr.model import load_critic, load_policy, load_trained
 from rlvr.rollout.batch import pair_batches
 from rlvr.rollout.engine import hash_seed
-from rlvr.scoring import CriticScorer, PolicyScorer, check_packing
+from rlvr.scoring import CriticScorer, check_packing, policy_scorer
 from rlvr.types import Batch
 from rlvr.update import UpdatePlan, critic_update, policy_update
 from rlvr.weights import copy_weights, write_model
@@ -49,13 +49,14 @@ class Learner:
         trainer, updates = config.trainer, config.trainer.steps * config.trainer.updates_per_step
         self.batcher = MicroBatcher(config.backend, trainer.micro_batch_tokens, trainer.packing)
         saved = resume_from / STATE_FOLDER if resume_from is not None else None
-        policy = self._policy_scorer(load_trained(config.model, base_path, resume_from, config.seed))
+        policy = policy_scorer(load_trained(config.model, base_path, resume_from, config.seed), config.model, trainer.packing)
         self.policy = self.backend.prepare(policy, config.optimizer, updates)
         self.reference = None
         if self.algorithm.needs_reference and config.model.lora is None:  # adapters switched off are the reference
             kept = saved / "reference" if saved is not None else None
             source = str(kept) if kept is not None and kept.is_dir() else base_path
-            self.reference = self.backend.freeze(self._policy_scorer(load_policy(source, config.model.dtype)))
+            reference = policy_scorer(load_policy(source, config.model.dtype), config.model, trainer.packing)
+            self.reference = self.backend.freeze(reference)
         self.critic: TrainedModel | None = None
         if self.algorithm.needs_critic:
             source = str(saved / "critic_model") if saved is not None else base_path
@@ -71,9 +72,6 @@ class Learner:
             for model in (self.policy, self.critic):
                 if model is not None:
                     check_packing(model.module)
-
-    def _policy_scorer(self, model: nn.Module) -> PolicyScorer:
-        return PolicyScorer(model, self.config.model.float32_head, self.config.trainer.packing)
 
     def save(self, folder: Path) -> None:
         """The policy as a model folder, and in ``trainer_state/`` what resuming needs beside it. Every rank calls it."""

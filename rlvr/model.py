@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,15 @@ class ModelSettings:
     tiny: TinyModel | None = None  # make a new model with random weights instead
     dtype: str = "float32"  # of the weights in training: float32 | bfloat16
     gradient_checkpointing: bool = False
+    head_kernel: str = "torch"  # of the output layer's log-probs in training: torch | liger (liger-kernel, on CUDA)
     float32_head: bool = False  # the output layer's product in float32, whatever the precision of the rest
     lora: Lora | None = None  # train low-rank adapters instead of the weights
+
+    def __post_init__(self) -> None:
+        if self.head_kernel not in ("torch", "liger"):
+            raise InputError(f"head_kernel: got {self.head_kernel!r}, expected torch or liger")
+        if self.head_kernel == "liger" and find_spec("liger_kernel") is None:
+            raise InputError('head_kernel: got liger, but it is not installed; pip install "rlvr[liger]" or use torch')
 
 
 def character_tokenizer(alphabet: str) -> Qwen2Tokenizer:

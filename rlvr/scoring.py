@@ -6,6 +6,7 @@ logits ``[tokens, V]`` of a batch never exist at once, only those of one chunk o
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rlvr import maths
+from rlvr.model import ModelSettings
 from rlvr.types import InputError
 
 # Elements of the logits computed at once: 256 MiB in float32, and about three tensors of that size live at the peak. 2**26 is
@@ -43,6 +45,7 @@ class HeadTask:
     scale: float  # of the logits, as the architecture defines them
     cap: float | None  # bound of the logits, approached as tanh, as the architecture defines it
     rows: int  # tokens per chunk
+    liger: bool  # log-probs from Liger's kernel, where it computes the same: no bound, no gradient through the entropies
 
     def run(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Log-probs ``[N]`` and entropies ``[N]``."""
@@ -50,9 +53,26 @@ class HeadTask:
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         dtype = torch.promote_types(weight.dtype, torch.float32) if self.float32 else dtype
         with torch.autocast(device, enabled=False):
+            if self.liger and self.cap is None and not self.entropy_grad:
+                return self._with_liger(hidden.to(dtype), weight.to(dtype), _cast(bias, dtype))
             if len(hidden) <= self.rows:  # nothing to save: keep the logits for the backward pass
                 return self.score(hidden.to(dtype), weight.to(dtype), _cast(bias, dtype), self.targets)
             return ChunkedHead.apply(self, dtype, hidden, weight, bias)
+
+    def _with_liger(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The kernel knows no entropies: they take a second product, without a gradient."""
+        if hidden.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise InputError("model.head_kernel: got liger on the CPU, expected a CUDA device; use torch")
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+        factor, none = self.scale / self.temperature, -100  # none: a target that is left out, which there is not
+        offset = None if bias is None else bias * factor
+        settings = (None, none, 0.0, 0.0, "none")  # class weights, ignored target, z-loss, label smoothing, reduction
+        losses = LigerFusedLinearCrossEntropyFunction.apply(hidden * factor, weight, self.targets, offset, *settings)[0]
+        with torch.no_grad():
+            split = zip(hidden.split(self.rows), self.targets.split(self.rows), strict=True)
+            entropies = [self.score(piece, weight, bias, targets)[1] for piece, targets in split]
+        return -losses, torch.cat(entropies)
 
     def transformed(self, logits: Tensor) -> Tensor:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -215,9 +235,10 @@ class PolicyScorer(Scorer):
         float32_head: bool = False,
         packing: bool = False,
         logits_per_chunk: int = LOGITS_PER_CHUNK,
+        liger: bool = False,
     ) -> None:
         super().__init__(model, packing)
-        self.float32_head, self.logits_per_chunk = float32_head, logits_per_chunk
+        self.float32_head, self.logits_per_chunk, self.liger = float32_head, logits_per_chunk, liger
         self.scale: float = 1.0
         self.cap: float | None = None
         head = self.plain.get_output_embeddings()
@@ -253,7 +274,7 @@ class PolicyScorer(Scorer):
 
     def _task(self, targets: Tensor, temperature: float, entropy_grad: bool) -> HeadTask:
         rows = max(1, self.logits_per_chunk // self.plain.get_output_embeddings().out_features)
-        return HeadTask(targets, temperature, entropy_grad, self.float32_head, self.scale, self.cap, rows)
+        return HeadTask(targets, temperature, entropy_grad, self.float32_head, self.scale, self.cap, rows, self.liger)
 
     def _check(self) -> None:
         super()._check()
@@ -308,6 +329,11 @@ class CriticScorer(Scorer):
         before = maths.where_mask(nn.functional.pad(after[:, :-1], (1, 0)), response_mask)
         final = after.gather(1, (lengths - 1).clamp(min=0)[:, None]).squeeze(1)
         return before, maths.where_mask(final, lengths > 0)
+
+
+def policy_scorer(model: nn.Module, settings: ModelSettings, packing: bool = False) -> PolicyScorer:
+    """The scorer that the settings ask for."""
+    return PolicyScorer(model, settings.float32_head, packing, liger=settings.head_kernel == "liger")
 
 
 def _lengths(mask: Tensor) -> Tensor:

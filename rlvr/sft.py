@@ -17,7 +17,7 @@ from rlvr.log import read_metrics
 from rlvr.micro_batches import MicroBatcher
 from rlvr.model import load_tokenizer, load_trained
 from rlvr.rollout.batch import pair_batches
-from rlvr.scoring import PolicyScorer
+from rlvr.scoring import policy_scorer
 from rlvr.types import Batch
 from rlvr.update import add_pretraining_loss
 from rlvr.weights import write_model
@@ -35,7 +35,7 @@ def run_sft(config: SftConfig) -> Path:
     with config.backend.main_first():
         base = runs.base_model(config)
     tokenizer = load_tokenizer(base)
-    scorer = PolicyScorer(load_trained(config.model, base, folder.resume_from, config.seed), config.model.float32_head)
+    scorer = policy_scorer(load_trained(config.model, base, folder.resume_from, config.seed), config.model)
     model = config.backend.prepare(scorer, config.optimizer, config.sft.steps)
     if folder.resume_from:
         model.load_state(folder.resume_from / checkpoint.STATE_FOLDER / "policy")

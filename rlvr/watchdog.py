@@ -7,7 +7,7 @@ is first to put a verdict there prints it; all others leave silently with its ex
 * Died: the process is gone (seen by the ranks of its host within two beats), or no rank of its host has beaten for
   ``dead_after_s``. A rank that is merely silent, for example while it reads a file under the interpreter's lock, is alive.
 * Hangs: two or more ranks run and none has entered a new phase for ``timeout_s``. The ranks in the earliest phase are named,
-  and one rank of each place they are at prints its stack.
+  or when all are in the same, those that do not wait in torch.distributed; one rank of each of their places prints its stack.
 * Failed: an exception left the ``with`` block. Errors of a collective that a peer's end caused are not reported.
 """
 
@@ -63,6 +63,7 @@ class Peer:
     beats: int = 0
     phases: int = 0  # entered so far
     place: str = ""
+    waits: bool = False  # inside a call of torch.distributed
     finished: bool = False
 
 
@@ -147,6 +148,7 @@ class Watchdog:
             if self.rank != 0:  # when rank 0 meets the same error, it speaks
                 self._over.wait(3 * self._beat_s)
             self._fail(None if self.rank == 0 else f"rank {self.rank}: {error}", code=2)
+            error.told = self.rank != 0
         else:
             if isinstance(error, RuntimeError):  # as collectives raise when a peer is gone
                 self._wait_for_signs_of_life()
@@ -157,7 +159,7 @@ class Watchdog:
 
     def _write_beat(self, store: Store, finished: bool = False) -> None:
         self._beats += 1
-        store.set(f"beat{self.rank}", json.dumps([self._beats, self._phases, _place(), finished]))
+        store.set(f"beat{self.rank}", json.dumps([self._beats, self._phases, *_place(), finished]))
 
     def _read(self, ranks: Iterable[int]) -> dict[str, Any] | None:
         """Bring the records of these ranks up to date; returns the verdict, if there is one."""
@@ -165,12 +167,12 @@ class Watchdog:
         word, *records = self._store.multi_get(["verdict", *(f"beat{rank}" for rank in ranks)])
         now = time.monotonic()
         for rank, record in zip(ranks, records, strict=True):
-            peer, (beats, phases, place, finished) = self._peers[rank], json.loads(record)
+            peer, (beats, phases, *where, finished) = self._peers[rank], json.loads(record)
             if phases > peer.phases:
                 self._moved, peer.phases = now, phases
             if beats != peer.beats:
                 peer.seen = now
-            peer.beats, peer.place, peer.finished = beats, place, finished
+            peer.beats, (peer.place, peer.waits), peer.finished = beats, where, finished
         return None if word.decode() == NO_VERDICT else json.loads(word)
 
     def _outlast_the_others(self) -> None:
@@ -259,6 +261,8 @@ class Watchdog:
             return
         earliest = min(peer.phases for peer in running.values())
         slow = [rank for rank, peer in running.items() if peer.phases == earliest]
+        if len(slow) == len(running):
+            slow = [rank for rank in slow if not running[rank].waits] or slow
         waiting = [rank for rank in running if rank not in slow]
         if waiting:
             verb = "hangs" if len(slow) == 1 else "hang"
@@ -318,8 +322,8 @@ class Watchdog:
             self._leave(verdict["code"])
         if message:
             print(message, file=sys.stderr, flush=True)
-        if self.rank == 0 and not self._in_launcher:
-            time.sleep(3 * self._beat_s)  # the others read the verdict in this process
+        if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 if self._in_launcher else self.rank == 0:
+            time.sleep(3 * self._beat_s)  # the others read the verdict here, or in a torchrun of a host that ends now
 
     def _wait_for_signs_of_life(self) -> None:
         """Return once every running peer has beaten again; if one does not, the watching thread ends the process."""
@@ -354,14 +358,15 @@ def _main_frame() -> FrameType | None:
     return sys._current_frames().get(threading.main_thread().ident or 0)
 
 
-def _place() -> str:
-    """Where the main thread is: the innermost line outside torch and this file."""
-    frame = _main_frame()
+def _place() -> tuple[str, bool]:
+    """Where the main thread is: its innermost line outside torch and this file, and whether that waits in torch.distributed."""
+    frame, waits = _main_frame(), False
     while frame and frame.f_back and ("/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
+        waits = waits or "/torch/distributed/" in frame.f_code.co_filename
         frame = frame.f_back
     if frame is None:
-        return "its end"
-    return f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{frame.f_lineno} in {frame.f_code.co_name}"
+        return "its end", False
+    return f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{frame.f_lineno} in {frame.f_code.co_name}", waits
 
 
 def _machine() -> str:
