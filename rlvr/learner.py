@@ -76,7 +76,6 @@ class Learner:
     def save(self, folder: Path) -> None:
         """The policy as a model folder, and in ``trainer_state/`` what resuming needs beside it. Every rank calls it."""
         lora, saved = self.config.model.lora, folder / STATE_FOLDER
-        self.wake()
         write_model(folder, self.policy.model, self.tokenizer, self.backend, merge=lora is not None and lora.merge_checkpoints)
         self.policy.save_state(saved / "policy")
         if self.critic is not None:

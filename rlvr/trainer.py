@@ -54,6 +54,7 @@ class Trainer:
         state = checkpoint.load_state(folder.resume_from) if folder.resume_from else {}
         self.step_number: int = state.get("step", 0)
         self.learner = Learner(config, self.base_path, self.tokenizer, folder.resume_from, state)
+        self.learner.sleep()
         config.engine.load(str(folder.resume_from or self.base_path), [self.tokenizer.eos_token_id])
         self.stream = PromptStream(prompts, config.seed, state.get("prompts_taken", 0))
         self.collector = Collector(
@@ -67,7 +68,7 @@ class Trainer:
             config.seed,
             self.backend,
         )
-        self.learner.check_engine(rollout_batch(self.collector.trial(), self.tokenizer.pad_token_id).to(self.device))
+        self._check_engine()
         self._save_s = 0.0
         self.log = None
         self.backend.gather(None)  # every rank has checked the folder before rank 0 writes to it
@@ -79,6 +80,7 @@ class Trainer:
         """Train, then evaluate the base and the checkpoints and write the report."""
         self.train()
         self.close()
+        self._hand_over_to_engine()
         evaluate_run(self.config, self.base_path)
         self.config.engine.close()
         self.backend.stop()
@@ -101,17 +103,17 @@ class Trainer:
         """One rollout batch and all its updates; logs and saves when due. Returns the step's metrics."""
         config, started, self._spent = self.config, time.perf_counter(), {"time/save_s": self._save_s}
         algorithm = self.learner.algorithm  # whose KL coefficient may move with the step
+        self._hand_over_to_engine()
         self._enter("generate")
         data = self.collector.collect(algorithm, self.step_number)
-        config.engine.sleep()
-        self.learner.wake()
+        self._hand_over_to_learner()
         self._refuse_crashes(data)
         pad = self.tokenizer.pad_token_id
         batch = self._timed("batch", lambda: make_batch(data, algorithm.plan, config.sampling, pad))
         batch = self._timed("score", lambda: self.learner.score(batch.to(self.device)))
         advantages = self._timed("advantages", lambda: algorithm.advantages(batch).detach())
         metrics = self._timed("update", lambda: self.learner.update(batch, advantages, self.step_number))
-        self._timed("sync", self._sync_engine)
+        self._timed("sync", lambda: config.engine.update_weights(self.learner.weights()))
         self.step_number += 1
         metrics |= rollout_metrics(data, batch, advantages, config.trainer.responses_per_prompt)
         metrics["data/epoch"] = self.stream.epoch
@@ -150,10 +152,22 @@ class Trainer:
         if self.log is not None:
             self.log.close()
 
-    def _sync_engine(self) -> None:
-        self.config.engine.update_weights(self.learner.weights())
+    def _hand_over_to_engine(self) -> None:
+        """Device memory goes to the engine: it generates next. Only now, so that checkpoints are saved by an awake learner."""
         self.learner.sleep()
-        self.config.engine.wake()
+        if self._engine_sleeps:
+            self.config.engine.wake()
+        self._engine_sleeps = False
+
+    def _hand_over_to_learner(self) -> None:
+        self.config.engine.sleep()
+        self._engine_sleeps = True
+        self.learner.wake()
+
+    def _check_engine(self) -> None:
+        rows = self.collector.trial()
+        self._hand_over_to_learner()
+        self.learner.check_engine(rollout_batch(rows, self.tokenizer.pad_token_id).to(self.device))
 
     def _usable_prompts(self, prompts: Any) -> list[Prompt]:
         """The training prompts within the length limit; longer ones are refused or dropped, as configured, never cut."""

@@ -303,8 +303,8 @@ MUTATIONS = (
     Mutation(
         "stale weights in the engine",
         "trainer.py",
-        "self.config.engine.update_weights(self.learner.weights())",
-        "pass",
+        "config.engine.update_weights(self.learner.weights())",
+        "None",
         (*LOOP, "-k", "stale or engine or documented or rises"),
     ),
 )
