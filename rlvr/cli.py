@@ -72,7 +72,7 @@ comparisons. A re-run continues the samples in DIR.
 
 --dry-run checks the settings and prints them.
 
-keys      n= k=[1,8,64] problems= temperature= top_p= max_new_tokens= seed= engine= task.FIELD=
+keys      n= k=[1,8,64] problems= temperature= top_p= max_new_tokens= seed= engine= backend= task.FIELD=
 
 example
   rlvr boundary models=[runs/countdown_base,runs/quickstart] task=countdown n=64 max_new_tokens=32 out=boundaries/mine
@@ -153,7 +153,9 @@ def sft(arguments: list[str]) -> None:
     settings = _compose("sft", arguments)
     if DRY_RUN in arguments:
         return _show(_read("SftConfig", settings))
-    print(f"model: {_run_sft(settings)}")
+    made = _run_sft(settings)
+    if _is_main():
+        print(f"model: {made}")
 
 
 def boundary(arguments: list[str]) -> None:
@@ -165,7 +167,8 @@ def boundary(arguments: list[str]) -> None:
 
     with reporting(config.backend):
         evaluate_paths(config)
-    print(f"report: {Path(config.out) / 'report.html'}")
+    if _is_main():
+        print(f"report: {Path(config.out) / 'report.html'}")
 
 
 def report(arguments: list[str]) -> None:

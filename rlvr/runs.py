@@ -18,7 +18,8 @@ import yaml
 from rlvr import checkpoint
 from rlvr.build import to_mapping
 from rlvr.config import RunConfig, SftConfig
-from rlvr.model import make_tiny, resolve_path
+from rlvr.lora import is_adapter
+from rlvr.model import make_tiny, resolve_path, write_merged
 from rlvr.types import InputError
 
 # Settings in which a continued run may differ from the one that began: they change how long and how it is watched.
@@ -122,18 +123,27 @@ def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def base_model(config: RunConfig | SftConfig) -> str:
-    """Folder or hub id of the model a run starts from; a tiny random one is written into the run folder."""
-    if config.model.tiny is None:
-        assert config.model.path is not None
-        try:
-            return resolve_path(config.model.path)
-        except InputError as error:
-            if config.model.make is None:
-                raise
-            raise InputError(f"{error}. It is made by: rlvr sft experiment={config.model.make}") from error
+    """Folder or hub id of the model a run starts from.
+
+    A tiny random one is written into the run folder, and so is an adapter that new adapters start from, merged: transformers
+    refuses an adapter on an adapter.
+    """
     folder = Path(config.run_dir) / "base"
-    if not (folder / "config.json").is_file():
-        make_tiny(config.model.tiny, folder, config.seed)
+    if config.model.tiny is not None:
+        if not (folder / "config.json").is_file():
+            make_tiny(config.model.tiny, folder, config.seed)
+        return str(folder)
+    assert config.model.path is not None
+    try:
+        path = resolve_path(config.model.path)
+    except InputError as error:
+        if config.model.make is None:
+            raise
+        raise InputError(f"{error}. It is made by: rlvr sft experiment={config.model.make}") from error
+    if config.model.lora is None or not is_adapter(path):
+        return path
+    if not folder.is_dir():
+        write_merged(path, folder, config.model.dtype)
     return str(folder)
 
 

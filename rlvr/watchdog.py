@@ -13,6 +13,8 @@ is first to put a verdict there prints it; all others leave silently with its ex
 
 from __future__ import annotations
 
+import atexit
+import itertools
 import json
 import os
 import signal
@@ -34,6 +36,7 @@ from rlvr.errors import InputError
 
 NO_VERDICT = "none"
 FULL_READERS = 64  # up to so many ranks, each reads all records at every beat; beyond, the ranks but 0 take turns
+_watches = itertools.count()  # of this process; every rank starts as many, and each needs keys of its own
 CONTINUE = "The same command continues from the last checkpoint."
 
 
@@ -91,7 +94,8 @@ class Watchdog:
         if self.world_size == 1:
             return
         self._in_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        self._main_store, self._store = connect("watchdog"), connect("watchdog")  # one for each thread: neither waits
+        name = f"watchdog{next(_watches)}"
+        self._main_store, self._store = connect(name), connect(name)  # one for each thread: neither waits
         self._main_store.set(f"who{self.rank}", json.dumps([socket.gethostname(), _machine(), os.getpid()]))
         self._main_store.compare_set("verdict", "", NO_VERDICT)
         self.phase("start")
@@ -104,6 +108,7 @@ class Watchdog:
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._watch, self._guard_store)]
         for thread in self._threads:
             thread.start()
+        atexit.register(self._at_exit)
 
     def phase(self, name: str) -> None:
         """Say what the main thread does from now on, for example ``step 12: generate``."""
@@ -130,6 +135,14 @@ class Watchdog:
             pass  # without a store there is nobody left to tell
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
+
+    def _at_exit(self) -> None:
+        """A script that ended without ``stop`` ended in order, unless an exception ended it."""
+        if not hasattr(sys, "last_value"):
+            self.stop()
+        elif not self._over.is_set():
+            self._over.set()
+            self._threads[0].join(2 * self._beat_s)  # the interpreter must not end while it is in the store: SIGABRT
 
     def __enter__(self) -> Watchdog:
         self.start()
@@ -291,7 +304,7 @@ class Watchdog:
         time.sleep(2 * self._beat_s * (self.rank != min(alive, default=self.rank)))
         verdict = self._publish(self._store, f"watch {self.rank}", 1, stacks)
         if verdict["author"] == f"watch {self.rank}":
-            print(message, file=sys.stderr, flush=True)
+            _say(message)
         self._obey(verdict)
 
     def _publish(self, store: Store, author: str, code: int, stacks: Iterable[int] = ()) -> dict[str, Any]:
@@ -306,7 +319,7 @@ class Watchdog:
             return
         if self.rank in verdict["stacks"]:
             stack = "".join(traceback.format_stack(_main_frame()))
-            print(f"rank {self.rank} is at (most recent call last):\n{stack}", file=sys.stderr, flush=True)
+            _say(f"rank {self.rank} is at (most recent call last):\n{stack}")
         self._leave(verdict["code"])
 
     def _leave(self, code: int) -> None:
@@ -321,9 +334,11 @@ class Watchdog:
         if verdict["author"] != f"main {self.rank}":
             self._leave(verdict["code"])
         if message:
-            print(message, file=sys.stderr, flush=True)
+            _say(message)
         if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 if self._in_launcher else self.rank == 0:
             time.sleep(3 * self._beat_s)  # the others read the verdict here, or in a torchrun of a host that ends now
+        self._over.set()
+        self._threads[0].join(2 * self._beat_s)  # the interpreter must not end while it is in the store: SIGABRT
 
     def _wait_for_signs_of_life(self) -> None:
         """Return once every running peer has beaten again; if one does not, the watching thread ends the process."""
@@ -346,12 +361,16 @@ class Watchdog:
         if local_rank == 0 or (self.rank == 1 and not self._in_launcher):  # without a store: one message for each host
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             message = f"rlvr stops: {holder} died or cannot be reached: lost the store at {where} ({detail}). {CONTINUE}"
-            print(message, file=sys.stderr, flush=True)
+            _say(message)
         self._leave(1)
 
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
+
+
+def _say(message: str) -> None:
+    print(f"\n{message}", file=sys.stderr, flush=True)  # a progress bar may stand in the line
 
 
 def _main_frame() -> FrameType | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +26,7 @@ from rlvr.types import InputError
 from rlvr.watchdog import Watchdog, connect
 
 T = TypeVar("T")
+_groups = itertools.count()  # process groups made by this process; every rank makes as many, and each needs keys of its own
 DEAD_AFTER_S = 10.0  # without a sign of life of a process; torchrun kills the survivors of a failure after 30 s
 PRECISIONS = ("no", "bf16", "fp16")
 
@@ -75,7 +77,9 @@ class DataParallelBackend:
         launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(os.environ["WORLD_SIZE"]) > 1
         if launched and not torch.distributed.is_initialized():
             rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            torch.distributed.init_process_group(kind, store=connect("processes"), rank=rank, world_size=size, timeout=timeout)
+            torch.distributed.init_process_group(
+                kind, store=connect(f"processes{next(_groups)}"), rank=rank, world_size=size, timeout=timeout
+            )
 
     def _autocast(self) -> str:
         return self.precision

@@ -19,6 +19,7 @@ from torch import Tensor
 from rlvr import maths
 from rlvr.algos import Algorithm
 from rlvr.backend import Backend, DataParallelBackend, DeepSpeedBackend, OptimizerSettings, TrainedModel
+from rlvr.boundary.evaluate import EvaluatedModel, evaluate
 from rlvr.build import build
 from rlvr.compose import recipes_dir
 from rlvr.config import (
@@ -33,6 +34,7 @@ from rlvr.config import (
 from rlvr.micro_batches import MicroBatcher
 from rlvr.model import ModelSettings, load_critic, load_policy
 from rlvr.rollout.batch import pad_rows
+from rlvr.rollout.transformers_engine import TransformersEngine
 from rlvr.scoring import CriticScorer, PolicyScorer
 from rlvr.sft import run_sft
 from rlvr.tasks.countdown import CountdownTask, CountdownTraces
@@ -253,6 +255,15 @@ def train(name: str, model_path: str, folder: Path) -> None:
     train_once(run_settings(name, model_path, folder))
 
 
+def measure(model_path: str, out: Path) -> None:
+    """A boundary evaluation whose samples the processes share; seven problems do not divide by two."""
+    backend = DataParallelBackend(use="cpu")
+    backend.start()
+    task, models = CountdownTask(train_problems=64, test_problems=8), [EvaluatedModel("base", model_path)]
+    settings, engine = BoundarySettings(n=5, problems=7, temperature=1.0), TransformersEngine(device="cpu")
+    evaluate(out / "boundary", models, task, engine, settings, settings.sampling(Sampling(max_new_tokens=12)), backend)
+
+
 def train_once(config: RunConfig) -> None:
     trainer = Trainer(config)
     trainer.train()
@@ -295,9 +306,12 @@ def main(what: str, model_path: str, out: Path) -> None:
     if what == "runs":
         for name in RUNS:
             train(name, model_path, out)
+        measure(model_path, out)
+        torch.distributed.destroy_process_group()  # an exit with the group open may abort: "terminate called ..."
         return
     if what == "resumes":
         resumes(model_path, out)
+        torch.distributed.destroy_process_group()
         return
     if what == "stages":
         stages(model_path, out)

@@ -18,6 +18,7 @@ from parallel_worker import (
     algorithms,
     gradients,
     make,
+    measure,
     pairs,
     ragged_batch,
     run_settings,
@@ -32,6 +33,7 @@ from transformers import AutoModelForCausalLM
 
 from rlvr.algos import Algorithm
 from rlvr.backend import SingleBackend
+from rlvr.checkpoint import read_json
 from rlvr.config import check_processes
 from rlvr.log import read_metrics
 from rlvr.types import Batch, InputError
@@ -160,6 +162,11 @@ def test_a_run_of_two_processes_is_the_run_of_one(tiny_model: str, tmp_path: Pat
         weights = [AutoModelForCausalLM.from_pretrained(tmp_path / w / name / last).state_dict() for w in ("one", "two")]
         for parameter, tensor in weights[0].items():
             torch.testing.assert_close(tensor, weights[1][parameter], rtol=1e-3, atol=1e-5, msg=f"{name}: {parameter}")
+    measure(tiny_model, tmp_path / "one")
+    boundaries = [read_json(tmp_path / who / "boundary" / "boundary.json") for who in ("one", "two")]
+    assert boundaries[0] == boundaries[1] and len(boundaries[0]["models"][0]["problems"]) == 7
+    stores = [(tmp_path / who / "boundary/samples/base/countdown.jsonl").read_text().splitlines() for who in ("one", "two")]
+    assert sorted(stores[0]) == sorted(stores[1]) and len(stores[0]) == 35
 
 
 def test_a_sharded_run_in_two_sittings_is_the_run_in_one(tiny_model: str, tmp_path: Path) -> None:

