@@ -68,6 +68,7 @@ class Trainer:
             config.seed,
             self.backend,
         )
+        self._engine_sleeps = False
         self._check_engine()
         self._save_s = 0.0
         self.log = None
@@ -104,7 +105,6 @@ class Trainer:
         config, started, self._spent = self.config, time.perf_counter(), {"time/save_s": self._save_s}
         algorithm = self.learner.algorithm  # whose KL coefficient may move with the step
         self._hand_over_to_engine()
-        self._enter("generate")
         data = self.collector.collect(algorithm, self.step_number)
         self._hand_over_to_learner()
         self._refuse_crashes(data)

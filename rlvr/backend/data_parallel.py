@@ -59,6 +59,8 @@ class DataParallelBackend:
             raise InputError("backend.use: got cuda, but torch sees no CUDA device here; use auto or cpu")
         on_cpu = self.use == "cpu" or (self.use == "auto" and not cuda)
         self._check_device(on_cpu)
+        if self.use != "mps":  # accelerate imports DeepSpeed where it is installed, which would guess, and say so on every rank
+            os.environ.setdefault("DS_ACCELERATOR", "cpu" if on_cpu else "cuda")
         # Longer than the watchdog's limit, so that a rank that waits does not fail before the one that hangs is named.
         group = InitProcessGroupKwargs(timeout=timedelta(seconds=1.5 * self.timeout_s + 60))
         self._join("gloo" if on_cpu else "nccl", group.timeout)

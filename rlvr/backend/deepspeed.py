@@ -69,9 +69,7 @@ class DeepSpeedBackend(DataParallelBackend):
                 "backend: got deepspeed, but it is not installed; pip install 'rlvr[deepspeed]' or use backend=ddp"
             )
         super().start()
-        on_cuda = self.device.type == "cuda"
-        kind = "nccl" if on_cuda else "gloo"
-        os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_cuda else "cpu")
+        kind = "nccl" if self.device.type == "cuda" else "gloo"
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it also without torchrun
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group(kind, store=torch.distributed.HashStore(), rank=0, world_size=1)

@@ -143,6 +143,7 @@ class Collector:
         per_prompt = range(self.responses_per_prompt)
         seeds = [[hash_seed(self.seed, "train", position, index) for index in per_prompt] for position, _ in drawn]
         start = time.perf_counter()
+        self.backend.phase(f"step {policy_step + 1}: generate")
         with Grader(self.reward) as grader:
             for place, (rows, greedy) in draw_stream(
                 self.engine, self.tokenizer, prompts, seeds, self.sampling, policy_step, None, with_greedy
@@ -150,6 +151,8 @@ class Collector:
                 if place in graded:
                     grader.submit(place, prompts[place], rows + greedy)
             generated = time.perf_counter()
+            self.backend.phase(f"step {policy_step + 1}: verify")
+        self.backend.phase(f"step {policy_step + 1}: gather")
         done, count = time.perf_counter(), self.responses_per_prompt
         own = [(prompts[p], grader.graded[p][:count], grader.graded[p][count:]) for p in graded]
         everything = self.shares.gather(own, size)

@@ -1,4 +1,4 @@
-"""Components that misbehave once on rank 1: of the runs in test_failures.py, named on the command line by their dotted paths."""
+"""Components that misbehave once on rank 1, in the runs of test_failures.py; named on the command line by dotted paths."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from rlvr import watchdog
 from rlvr.errors import InputError
 from rlvr.rollout.transformers_engine import TransformersEngine
 from rlvr.tasks.countdown import CountdownTask
@@ -31,6 +32,10 @@ class Grudge:
 
     folder: str
     deeds: list[str] = field(default_factory=list)  # kill | hang | raise | stop | anything else: nothing
+
+    def __post_init__(self) -> None:
+        if int(os.environ["GROUP_WORLD_SIZE"]) > 1:  # stands in for two machines: no rank can look at the other's process
+            watchdog._machine = lambda: f"host {os.environ['RANK']}"
 
     def judge(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Verdict]:
         deed = dict(enumerate(self.deeds)).get(rollouts[0].policy_step, "")
@@ -75,4 +80,4 @@ class HalfTask(CountdownTask):
 
     def _find(self, moment: str) -> None:
         if moment == self.missing_in and first_time(self.folder, moment):
-            raise InputError("task.train: got train.jsonl, which is not there; copy it to every machine")
+            raise InputError("no train.jsonl here; copy it to every machine")

@@ -65,6 +65,8 @@ class OneProcess:
     def gather(self, value: object) -> list[object]:
         return [value]
 
+    def phase(self, name: str) -> None: ...
+
 
 class Tokenizer:
     """Knows one token."""
