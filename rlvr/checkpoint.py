@@ -57,7 +57,7 @@ def save(run_dir: Path, step: int, write: Callable[[Path], None], state: dict[st
     write(partial)
     backend.gather(None)  # and complete before it gets its name
     if backend.rank == 0:
-        torch.save({"step": step, "processes": backend.world_size, **state}, partial / STATE_FILE)
+        torch.save({"step": step, **state}, partial / STATE_FILE)
         if folder.exists():  # the same step again after a resume: same weights, newer files
             shutil.rmtree(folder)
         os.replace(partial, folder)

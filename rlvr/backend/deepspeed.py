@@ -170,6 +170,7 @@ class ShardedModel:
         self.module.save_checkpoint(str(folder), tag=OPTIMIZER_TAG, save_latest=False, exclude_frozen_parameters=True)
 
     def load_state(self, folder: Path) -> None:
+        check_shards(folder / OPTIMIZER_TAG, self.backend.world_size)
         self.module.load_checkpoint(str(folder), tag=OPTIMIZER_TAG, load_module_strict=False)
 
     def sleep(self) -> None:
@@ -179,3 +180,12 @@ class ShardedModel:
     def wake(self) -> None:
         if self.backend.offload_between_phases:
             self.module.reload_states()
+
+
+def check_shards(folder: Path, processes: int) -> None:
+    """Raise InputError for an optimizer that lies in the shards of another number of processes."""
+    shards = len(list(folder.glob("*zero_pp_rank_*_optim_states.pt")))
+    if shards not in (0, processes):  # 0: stage 0 keeps none
+        raise InputError(
+            f"run_dir: the optimizer in {folder} lies in the shards of {shards} processes, got {processes}; start {shards}"
+        )

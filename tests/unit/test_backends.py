@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import rlvr.backend.deepspeed as deepspeed_backend
 from rlvr.backend import DataParallelBackend, DeepSpeedBackend, OptimizerSettings
 from rlvr.backend.base import make_optimizer
+from rlvr.backend.deepspeed import check_shards
 from rlvr.types import InputError
 
 needs_no_device = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what is refused without a device")
@@ -57,6 +59,15 @@ def test_deepspeed_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(deepspeed_backend, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"backend: got deepspeed, but it is not installed; pip install 'rlvr\[deepspeed\]'"):
         DeepSpeedBackend(use="cpu").start()
+
+
+def test_shards_of_another_number_of_processes(tmp_path: Path) -> None:
+    check_shards(tmp_path, 3)
+    for rank in range(2):
+        (tmp_path / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    check_shards(tmp_path, 2)
+    with pytest.raises(InputError, match=r"run_dir: the optimizer in .* lies in the shards of 2 processes, got 3; start 2"):
+        check_shards(tmp_path, 3)
 
 
 def test_optimizers_decay_matrices_only_and_skip_frozen_parameters() -> None:
