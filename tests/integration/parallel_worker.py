@@ -115,6 +115,10 @@ def captured(model: TrainedModel) -> list[Tensor]:
     return gradients
 
 
+# Prompts per update and tokens per pass that are tried with so many processes; four share two cores, so one cut is enough.
+CUTS = {2: ((3, WIDE), (1, 40)), 4: ((1, 40),)}
+
+
 def pairs() -> Batch:
     return pad_rows([([3, 4], [5, 6, 7]), ([8], [9, 2, 3, 4, 5]), ([2, 2, 2], [4])], 0)
 
@@ -321,7 +325,7 @@ def main(what: str, model_path: str, out: Path) -> None:
     found = {
         f"{name}, {minibatch} prompts": gradients(algorithm, model_path, backend, ragged_batch(), budget, minibatch)
         for name, algorithm in algorithms().items()
-        for minibatch, budget in ((3, WIDE), (1, 40))
+        for minibatch, budget in CUTS[backend.world_size]
     }
     if backend.rank == 0:
         torch.save(found, out)

@@ -62,7 +62,7 @@ def quickstart(tiny_model: str, tmp_path: Path) -> list[str]:
         ("sampling.temperature=0", ["sampling.temperature", "above 0"]),
         ("model.path=/no/such/folder", ["model.path", "/no/such/folder", "hub id"]),
         ("trainer.max_prompt_tokens=3", ["trainer.max_prompt_tokens", "got 3", "long_prompts=drop"]),
-        ("task.train_problems=100000", ["task.train_problems", "100000"]),
+        ("task.max_number=5", ["task.train_problems", "got 3000", "only 510 different problems"]),
         ("algo._target_=no_such_module.Algo", ["algo._target_", "no_such_module"]),
         ("algo._target_=rlvr.algos.grpo.GRPPO", ["algo._target_", "GRPO"]),
         ("nonsense", ["key=value"]),
