@@ -22,7 +22,7 @@ from rlvr.lora import is_adapter
 from rlvr.model import make_tiny, resolve_path, write_merged
 from rlvr.types import InputError
 
-# Settings in which a continued run may differ from the one that began: they change how long and how it is watched.
+# Settings in which a continued run may differ from the one that began: how long, how it is watched, in how much memory.
 CONTINUABLE = (
     "trainer.steps",
     "trainer.checkpoint_every",
@@ -31,6 +31,8 @@ CONTINUABLE = (
     "trainer.packing",
     "trainer.max_mismatch_nats",
     "backend.timeout_s",
+    "backend.offload_between_phases",
+    *(f"engine.{name}" for name in ("max_rows", "max_model_len", "memory_share", "cpu_cache_gib", "enforce_eager")),
 )
 CONTINUABLE_GROUPS = ("wandb.", "boundary.")
 
