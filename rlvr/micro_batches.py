@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,24 +31,23 @@ class MicroBatcher:
             rows = torch.arange(len(batch), device=batch.tokens.device)
         columns = torch.arange(1, batch.response_mask.shape[1] + 1, device=batch.tokens.device)
         widths = (batch.response_mask[rows] * columns).amax(1)  # [b] position after the last response token
-        order = torch.argsort(widths, stable=True)
-        tiers = order.split(self.backend.world_size)  # one row for each rank
-        longest = widths[torch.stack([tier[-1] for tier in tiers])].clamp(min=1).tolist()  # [tiers], ascending
+        order, ranks = torch.argsort(widths, stable=True), self.backend.world_size
+        tiers = torch.arange(0, len(order), ranks)  # where each tier of the order begins: one row for each rank
+        longest = widths[order[(tiers + ranks - 1).clamp(max=len(order) - 1)]].clamp(min=1).tolist()  # [tiers], ascending
         start, packed = 0, 0
         for place, width in enumerate(longest):
             size = packed + width if self.packing else (place - start + 1) * width
             if place > start and size > self.budget_tokens:
-                yield self._share(batch, rows, tiers[start:place])
+                yield self._share(batch, rows, order[start * ranks : place * ranks])
                 start, packed = place, 0
             packed += width
-        yield self._share(batch, rows, tiers[start:])
+        yield self._share(batch, rows, order[start * ranks :])
 
-    def _share(self, batch: Batch, rows: Tensor, tiers: Sequence[Tensor]) -> tuple[Tensor, Batch]:
-        rank = self.backend.rank
-        own = [tier[rank] for tier in tiers if rank < len(tier)]
-        numbers = rows[torch.stack(own)] if own else rows[:1]
+    def _share(self, batch: Batch, rows: Tensor, places: Tensor) -> tuple[Tensor, Batch]:
+        own = places[self.backend.rank :: self.backend.world_size]
+        numbers = rows[own] if len(own) else rows[:1]
         part = batch.select(numbers)
-        if not own:
+        if not len(own):
             part = replace(part, response_mask=torch.zeros_like(part.response_mask))
         return numbers, part.trim()
 
