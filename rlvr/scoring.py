@@ -45,6 +45,7 @@ class HeadTask:
     scale: float  # of the logits, as the architecture defines them
     cap: float | None  # bound of the logits, approached as tanh, as the architecture defines it
     rows: int  # tokens per chunk
+    entropy: bool  # compute entropies at all
     liger: bool  # log-probs from Liger's kernel, where it computes the same: no bound, no gradient through the entropies
 
     def run(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -69,6 +70,8 @@ class HeadTask:
         offset = None if bias is None else bias * factor
         settings = (None, none, 0.0, 0.0, "none")  # class weights, ignored target, z-loss, label smoothing, reduction
         losses = LigerFusedLinearCrossEntropyFunction.apply(hidden * factor, weight, self.targets, offset, *settings)[0]
+        if not self.entropy:
+            return -losses, torch.zeros_like(losses)
         with torch.no_grad():
             split = zip(hidden.split(self.rows), self.targets.split(self.rows), strict=True)
             entropies = [self.score(piece, weight, bias, targets)[1] for piece, targets in split]
@@ -82,12 +85,12 @@ class HeadTask:
     def score(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, entropy: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """The same of one chunk; without ``entropy`` the second is empty."""
+        """The same of one chunk; the second is 0 where nobody asks for it."""
         # in place where autograd allows it, and no name that keeps the logits: each tensor of this size counts
         logprobs = self.transformed(nn.functional.linear(hidden, weight, bias)).div_(self.temperature).log_softmax(-1)  # [n, V]
         chosen = logprobs.gather(-1, targets[:, None]).squeeze(-1)
-        if not entropy:
-            return chosen, chosen.new_empty(0)
+        if not (entropy and self.entropy):
+            return chosen, torch.zeros_like(chosen)
         if self.entropy_grad and torch.is_grad_enabled():
             return chosen, maths.entropy(logprobs)  # the softmax of log-probs is the same distribution
         probabilities = logprobs.detach().exp()
@@ -250,13 +253,19 @@ class PolicyScorer(Scorer):
         _extend(head)
 
     def forward(
-        self, tokens: Tensor, response_mask: Tensor, temperature: float, entropy_grad: bool = False
+        self,
+        tokens: Tensor,
+        response_mask: Tensor,
+        temperature: float,
+        entropy_grad: bool = False,
+        entropies: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """Log-probs of the response tokens and entropies of their distributions: ``[B, T]`` each, float32, in nats.
 
         tokens: ``[B, T]`` int64, right-padded; response_mask: ``[B, T]`` bool. 0 outside the mask. Logits are divided by the
         temperature and taken in float32 (float64 for a float64 model). The entropies carry a graph only with
-        ``entropy_grad``. A batch without a response token gives zeros and a zero gradient on every parameter.
+        ``entropy_grad``; without ``entropies`` they are 0 and cost nothing. A batch without a response token gives zeros and a
+        zero gradient on every parameter.
         """
         assert not bool(response_mask[:, 0].any()), "a response needs at least one prompt token before it"
         if not self._checked:
@@ -266,15 +275,17 @@ class PolicyScorer(Scorer):
         inputs, inside = self._inputs(tokens[:, :-1], _lengths(response_mask) - 1)
         hidden = self.plain.base_model(**inputs).last_hidden_state.flatten(0, 1)
         before = wanted[:, 1:][inside].nonzero().squeeze(1)  # [N] the state at column t - 1 predicts the token at t
-        task = self._task(tokens[wanted], temperature, entropy_grad)
+        task = self._task(tokens[wanted], temperature, entropy_grad, entropies)
         scores = self.plain.get_output_embeddings()(hidden.index_select(0, before), task=task)
         empty = torch.zeros(tokens.shape, dtype=scores[0].dtype, device=tokens.device)
-        logprobs, entropies = (maths.where_mask(empty.masked_scatter(wanted, score), response_mask) for score in scores)
-        return logprobs, entropies
+        first, second = (maths.where_mask(empty.masked_scatter(wanted, score), response_mask) for score in scores)
+        return first, second
 
-    def _task(self, targets: Tensor, temperature: float, entropy_grad: bool) -> HeadTask:
+    def _task(self, targets: Tensor, temperature: float, entropy_grad: bool, entropies: bool = True) -> HeadTask:
         rows = max(1, self.logits_per_chunk // self.plain.get_output_embeddings().out_features)
-        return HeadTask(targets, temperature, entropy_grad, self.float32_head, self.scale, self.cap, rows, self.liger)
+        return HeadTask(
+            targets, temperature, entropy_grad, self.float32_head, self.scale, self.cap, rows, entropies, self.liger
+        )
 
     def _check(self) -> None:
         super()._check()

@@ -21,7 +21,7 @@ from rlvr.model import load_tokenizer, resolve_path
 from rlvr.rewards import grade
 from rlvr.rollout import Engine
 from rlvr.rollout.collect import draw
-from rlvr.rollout.engine import hash_seed
+from rlvr.rollout.engine import hash_seed, in_order
 from rlvr.rollout.shares import Shares
 from rlvr.tasks import Task
 from rlvr.types import InputError, Prompt, Sampling
@@ -126,7 +126,9 @@ def fill(
             asked = [prompt for prompt in prompts if prompt.id in wanted]
             own = shares.drawn(asked)
             seeds = [[hash_seed("boundary", settings.seed, p.id, i) for i in wanted[p.id]] for p in own]
-            groups = draw(engine, tokenizer, own, seeds, sampling, model.step, [wanted[p.id] for p in own])
+            numbers = [wanted[p.id] for p in own]
+            drawn = draw(engine, tokenizer, own, seeds, sampling, model.step, numbers)
+            groups = [rows for rows, _ in in_order(drawn, len(own))]
             graded = [(own[place], groups[place]) for place in shares.graded(len(own))]
             verdicts = iter(grade(reward, [p for p, rows in graded for _ in rows], [row for _, rows in graded for row in rows]))
             done = shares.gather([[next(verdicts) for _ in rows] for _, rows in graded], len(asked))

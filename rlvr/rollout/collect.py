@@ -15,7 +15,7 @@ from rlvr.backend import Backend
 from rlvr.data import PromptStream
 from rlvr.model import encode_prompt
 from rlvr.rewards import Reward
-from rlvr.rollout.engine import Engine, hash_seed, stream
+from rlvr.rollout.engine import Engine, hash_seed, in_order, stream
 from rlvr.rollout.grading import Grader
 from rlvr.rollout.shares import Shares
 from rlvr.types import Completion, InputError, Prompt, Request, Rollout, Sampling, StepData
@@ -25,7 +25,7 @@ T = TypeVar("T")
 Group = tuple[list[Rollout], list[Rollout]]  # the sampled responses to a prompt, and the greedy one when there is one
 
 
-def draw_stream(
+def draw(
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
@@ -37,8 +37,8 @@ def draw_stream(
 ) -> Iterator[tuple[int, Group]]:
     """``len(seeds[p])`` responses to each prompt p, and one greedy response each when asked for, in one engine call.
 
-    Yields (p, its responses) as they finish. ``sample_indices[p]`` numbers the responses to prompt p; 0, 1, 2 ... when not
-    given.
+    Yields (p, its responses) as they finish; ``in_order`` puts them in the order of the prompts. ``sample_indices[p]`` numbers
+    the responses to prompt p; 0, 1, 2 ... when not given.
     """
     numbers = sample_indices or [range(len(own)) for own in seeds]
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -69,20 +69,6 @@ def draw_stream(
             continue
         sampled = [rollout(place, numbers[place][i], seeds[place][i], c, False) for i, c in enumerate(parts[0])]
         yield place, (sampled, [rollout(place, 0, greedy_seeds[place], c, True) for c in parts[1]])
-
-
-def draw(
-    engine: Engine,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    seeds: Sequence[Sequence[int]],
-    sampling: Sampling,
-    policy_step: int,
-    sample_indices: Sequence[Sequence[int]] | None = None,
-) -> list[list[Rollout]]:
-    """The sampled responses of ``draw_stream`` in the order of the prompts."""
-    found = dict(draw_stream(engine, tokenizer, prompts, seeds, sampling, policy_step, sample_indices))
-    return [found[place][0] for place in range(len(prompts))]
 
 
 class Collector:
@@ -145,7 +131,7 @@ class Collector:
         start = time.perf_counter()
         self.backend.phase(f"step {policy_step + 1}: generate")
         with Grader(self.reward) as grader:
-            for place, (rows, greedy) in draw_stream(
+            for place, (rows, greedy) in draw(
                 self.engine, self.tokenizer, prompts, seeds, self.sampling, policy_step, None, with_greedy
             ):
                 if place in graded:
@@ -171,8 +157,8 @@ class Collector:
         prompts = list(self.stream.prompts[:TRIAL_PROMPTS])
         seeds = [[hash_seed(self.seed, "trial", index)] for index in range(len(prompts))]
         sampling = replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, TRIAL_TOKENS))
-        groups = draw(self.engine, self.tokenizer, prompts, seeds, sampling, 0)
-        return [row for rank in self.backend.gather(groups) for group in rank for row in group]
+        drawn = in_order(draw(self.engine, self.tokenizer, prompts, seeds, sampling, 0), len(prompts))
+        return [row for rank in self.backend.gather(drawn) for rows, _ in rank for row in rows]
 
     def _exhausted(self, kept: int, drawn: int, batches: int) -> str:
         return (

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
 from rlvr.types import Completion, Request, Sampling
+
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -63,8 +65,8 @@ def stream(engine: Engine, requests: Sequence[Request], sampling: Sampling) -> I
     yield from own(requests, sampling) if own is not None else enumerate(engine.generate(requests, sampling))
 
 
-def in_order(finished: Iterable[tuple[int, list[Completion]]], count: int) -> list[list[Completion]]:
-    """What ``generate`` returns, from what ``stream`` yields."""
+def in_order(finished: Iterable[tuple[int, T]], count: int) -> list[T]:
+    """The second parts of ``count`` (index, ...) pairs in the order of the first."""
     found = dict(finished)
     return [found[index] for index in range(count)]
 

@@ -130,6 +130,19 @@ def test_any_chunk_gives_the_values_and_gradients_of_the_whole(name: str, tokens
         assert distance(gradients(model, expected), gradients(model, scorer(*INPUTS, 0.7, entropy_grad))) < bound
 
 
+@pytest.mark.parametrize("tokens_per_chunk", [2, 1000])
+def test_without_entropies_the_log_probs_and_gradients_stay(tokens_per_chunk: int) -> None:
+    found = []
+    for entropies in (True, False):
+        model = make("qwen2")
+        scorer = PolicyScorer(model, logits_per_chunk=tokens_per_chunk * model.config.vocab_size)
+        logprobs, second = scorer(*INPUTS, 0.7, entropies=entropies)
+        assert bool((second != 0).any()) is entropies
+        logprobs.sum().backward()
+        found.append((logprobs.detach(), torch.cat([p.grad.flatten() for p in scorer.parameters()])))
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", PACKABLE)
 def test_every_architecture_padded_and_packed(name: str) -> None:
