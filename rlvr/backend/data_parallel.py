@@ -180,7 +180,7 @@ class WholeModel:
         if self.accelerator.scaler is None:
             check_norm(norm)
         self.optimizer.step()  # with fp16 loss scaling, an overflow leaves the update out
-        if self.accelerator.optimizer_step_was_skipped:
+        if self.optimizer.step_was_skipped:  # this model's own: the accelerator knows of the critic's, too
             self._skipped += 1
         else:
             self.schedule.step()

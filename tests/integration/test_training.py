@@ -26,6 +26,7 @@ from rlvr.build import build
 from rlvr.compose import recipes_dir
 from rlvr.config import CriticSettings, RunConfig, TrainerSettings, WandbSettings
 from rlvr.log import METRICS, read_metrics
+from rlvr.model import ModelSettings
 from rlvr.rewards.random import RandomReward
 from rlvr.rollout.transformers_engine import TransformersEngine
 from rlvr.trainer import Trainer
@@ -165,9 +166,19 @@ def test_packing_changes_no_number(run_config: MakeConfig, tmp_path: Path) -> No
         settings = TrainerSettings(
             steps=2, prompts_per_step=4, responses_per_prompt=4, minibatch_prompts=2, micro_batch_tokens=64, packing=packing
         )
-        folder = trained(run_config(run_dir=str(tmp_path / str(packing)), trainer=settings, algo=PPO(), reward=LengthReward()))
-        found.append(numbers(str(folder))[-1])
+        trainer = Trainer(run_config(run_dir=str(tmp_path / str(packing)), trainer=settings, algo=PPO(), reward=LengthReward()))
+        assert trainer.learner.critic is not None
+        assert trainer.learner.policy.module.packing is trainer.learner.critic.module.packing is packing
+        trainer.train()
+        found.append(numbers(str(tmp_path / str(packing)))[-1])
     assert found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-5)
+
+
+def test_settings_of_the_output_layer_reach_policy_and_reference(run_config: MakeConfig, tiny_model: str) -> None:
+    config = run_config(model=ModelSettings(path=tiny_model, float32_head=True), algo=GRPO(kl_coef=0.1))
+    learner = Trainer(config).learner
+    assert learner.reference is not None
+    assert learner.policy.module.float32_head and learner.reference.float32_head
 
 
 def test_micro_batches_change_no_number(run_config: MakeConfig, tmp_path: Path) -> None:
